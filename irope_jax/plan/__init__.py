@@ -1,0 +1,1 @@
+"""What a program will cost, told without running it: by the compiler's own output and by hand."""
