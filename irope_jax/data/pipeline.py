@@ -1,0 +1,261 @@
+"""The training stream: mixture → order → packing → batch → this host's rows; stops and goes on exactly.
+
+    grain: per ingredient  range → shuffle → repeat  ⟶  mix  ⟶  plan rows  ⟶  batch  ⟶  load  ⟶  prefetch thread
+
+What flows until `load` are *references*, `(ingredient, epoch, index)`: three numbers that name a document. So every
+process plans the whole global batch at little cost and loads only its own rows; the stream does not depend on the
+number of processes, and the state is a handful of numbers, the same on every process.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import grain
+import numpy as np
+
+from irope_jax.core.config import ConfigError, differences, fingerprint, to_dict
+from irope_jax.core.types import Batch
+from irope_jax.data.config import DataConfig, Ingredient
+from irope_jax.data.documents import Document, Pieces, Windows, tokenized
+from irope_jax.data.haystacks import TextHaystack
+from irope_jax.data.packing import BestFit, BestFitPlanner, Placed, batch_of, pack_rows
+from irope_jax.data.sources import SourceSpec
+from irope_jax.data.tokenizer import TokenizerSpec
+
+Ref = tuple[int, int, int]
+"""`(ingredient, epoch, index)`: names a document of the stream."""
+
+_STATE_VERSION = 1
+
+
+class _Text:
+    """Pieces of a source's documents."""
+
+    def __init__(self, config: DataConfig, place: int):
+        self.store = tokenized(config.mixture[place].source, config.tokenizer)
+        cut = Pieces if isinstance(config.packing, BestFit) else Windows
+        self.pieces = cut(self.store.targets, config.seq_len, (config.seed, place))
+        self.fingerprint = self.store.fingerprint
+        self.mean_length = float(np.minimum(self.store.targets, self.pieces.counts * config.seq_len).sum()) / len(self)
+
+    def __len__(self) -> int:
+        return len(self.pieces)
+
+    def length(self, epoch: int, index: int) -> int:
+        return self.pieces.span(epoch, index)[2]
+
+    def load(self, epoch: int, index: int) -> Document:
+        document, first, targets = self.pieces.span(epoch, index)
+        begin = int(self.store.starts[document]) + first
+        tokens = self.store.flat[begin : begin + targets + 1].astype(np.int32)
+        return Document(tokens, np.ones(len(tokens), np.float32))
+
+
+class _Samples:
+    """Samples of a task; index i is always the same sample."""
+
+    def __init__(self, config: DataConfig, place: int):
+        ingredient: Ingredient = config.mixture[place]
+        self.task, self.tokenizer = ingredient.source, config.tokenizer
+        self.low, self.high = ingredient.sample_lengths(config.seq_len)
+        self.key = (config.seed, place)
+        haystack = getattr(self.task, "haystack", None)
+        reads = isinstance(haystack, TextHaystack)
+        self.fingerprint = tokenized(haystack.source, config.tokenizer).fingerprint if reads else ""
+        self.mean_length = (self.low + self.high) / 2 - 1
+
+    def __len__(self) -> int:
+        return 1 << 40  # samples never repeat: no run draws this many
+
+    def length(self, epoch: int, index: int) -> int:
+        if self.low == self.high:
+            return self.low - 1
+        return int(np.random.default_rng([*self.key, 0, index]).integers(self.low, self.high + 1)) - 1
+
+    def load(self, epoch: int, index: int) -> Document:
+        rng = np.random.default_rng([*self.key, 1, index])
+        return self.task.sample(rng, self.length(epoch, index) + 1, self.tokenizer).document
+
+
+def _references(place: int, documents: _Text | _Samples, seed: int) -> grain.MapDataset:
+    """Endless references of one ingredient; text is reshuffled in every epoch."""
+    if isinstance(documents, _Samples):
+        return grain.MapDataset.range(1).repeat().map_with_index(lambda index, _: (place, 0, index))
+    count = len(documents)
+    order = grain.MapDataset.range(count).shuffle(seed=(seed * 1_000_003 + place * 7_919 + 1) % (1 << 32))
+    return order.repeat().map_with_index(lambda index, piece: (place, index // count, piece))
+
+
+class _BestFitRows(grain.IterDataset):
+    """Rows planned from the stream of references: each element is `[(start, reference), …]`."""
+
+    def __init__(self, references: grain.MapDataset, seq_len: int, spec: BestFit, length_of):
+        super().__init__(references)
+        self._settings = (references, seq_len, spec, length_of)
+
+    def __iter__(self) -> _BestFitIterator:
+        return _BestFitIterator(*self._settings)
+
+
+class _BestFitIterator(grain.DatasetIterator):
+    """State: how many references were taken, what waits in open rows, and rows closed but not yet handed out."""
+
+    def __init__(self, references: grain.MapDataset, seq_len: int, spec: BestFit, length_of):
+        super().__init__()
+        self._references, self._length_of = references, length_of
+        self._planner = BestFitPlanner(seq_len, spec)
+        self._taken, self._ready = 0, []
+
+    def __next__(self) -> list[tuple[int, Ref]]:
+        while not self._ready:
+            name = self._taken
+            self._ready += self._planner.add(name, self._length(name))
+            self._taken += 1
+        return [(start, self._references[name]) for name, start in self._ready.pop(0)]
+
+    def _length(self, name: int) -> int:
+        return self._length_of(self._references[name])
+
+    def get_state(self) -> dict[str, Any]:
+        ready = [[list(member) for member in members] for members in self._ready]
+        return {"taken": self._taken, "open": self._planner.names, "ready": ready}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._taken = int(state["taken"])
+        self._ready = [[(int(name), int(start)) for name, start in members] for members in state["ready"]]
+        self._planner.restore(state["open"], self._length)
+
+
+class BatchIterator(Iterator[Batch]):
+    """Endless batches of numpy arrays; make it with `make_iterator`.
+
+    `get_state` describes the place after the batch handed out last, whatever was prefetched, and is JSON-able; it is
+    equal on all processes and may be restored under another number of processes. Not for use by several threads.
+    """
+
+    def __init__(self, config: DataConfig, process_index: int, process_count: int):
+        self.config = config
+        kinds = [_Samples if ingredient.is_task else _Text for ingredient in config.mixture]
+        self._documents = [kind(config, place) for place, kind in enumerate(kinds)]
+        local = config.batch_size // process_count
+        self._local = slice(process_index * local, (process_index + 1) * local)
+        self._content = {"config": _stream_config(to_dict(config)), "data": [d.fingerprint for d in self._documents]}
+        self._content["tokenizer"] = config.tokenizer.fingerprint
+        self._iterator = iter(self._dataset())
+
+    def _dataset(self) -> grain.IterDataset:
+        config = self.config
+        parts = [_references(place, d, config.seed) for place, d in enumerate(self._documents)]
+        references = parts[0]
+        if len(parts) > 1:
+            # grain mixes by documents; weights are shares of predicted tokens
+            shares = [i.weight / d.mean_length for i, d in zip(config.mixture, self._documents)]
+            references = grain.MapDataset.mix(parts, shares)
+        if isinstance(config.packing, BestFit):
+            rows = _BestFitRows(references, config.seq_len, config.packing, self._length)
+        else:
+            alone = references.map(lambda ref: [(0, ref)])
+            rows = alone.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+        batches = rows.batch(config.batch_size, drop_remainder=True, batch_fn=list).map(self._load)
+        if config.prefetch:
+            batches = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=config.prefetch)
+        return batches
+
+    def _length(self, ref: Ref) -> int:
+        return self._documents[ref[0]].length(*ref[1:])
+
+    def _load(self, rows: Sequence[Sequence[tuple[int, Ref]]]) -> Batch:
+        placed: list[list[Placed]] = [
+            [(start, self._documents[ref[0]].load(*ref[1:])) for start, ref in row] for row in rows[self._local]
+        ]
+        config = self.config
+        return pack_rows(placed, config.seq_len, config.tokenizer.pad_id, config.packing.document_multiple)
+
+    def __next__(self) -> Batch:
+        return next(self._iterator)
+
+    def get_state(self) -> dict[str, Any]:
+        """JSON-able; names the config and the data it belongs to."""
+        # a round trip, so that what a test or a checkpoint holds cannot be changed by the iterator going on
+        place = json.loads(json.dumps(self._iterator.get_state()))
+        return {"version": _STATE_VERSION, "content": self._content, "place": place}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on from a state of `get_state`: the next batch is bit-equal to the one that followed it.
+
+        Raises:
+          ConfigError: the state was saved with another config, tokenizer or data; the message says which differs.
+        """
+        if state.get("version") != _STATE_VERSION:
+            raise ConfigError("data.state.version", state.get("version"), f"this program reads {_STATE_VERSION}")
+        changed = differences(state["content"], json.loads(json.dumps(self._content)))
+        if changed:
+            fix = f"saved by another stream ({changed[0]}); restore with the same data config or start anew"
+            raise ConfigError("data.state", fingerprint(state["content"]), fix)
+        self._iterator.set_state(state["place"])
+
+    def close(self) -> None:
+        """Stop the background thread."""
+        self._iterator.close()
+
+
+def _stream_config(value: Any) -> Any:
+    """The part of the config that decides the stream: how far to prefetch does not, nor where files lie."""
+    if isinstance(value, dict):
+        return {name: _stream_config(v) for name, v in value.items() if name not in ("prefetch", "path", "sha256")}
+    return [_stream_config(v) for v in value] if isinstance(value, list) else value
+
+
+def make_iterator(config: DataConfig, *, process_index: int = 0, process_count: int = 1) -> BatchIterator:
+    """Endless training batches of this process.
+
+    The rows of the processes are disjoint, consecutive parts of the global batch: put together in process order they
+    are the batch a single process would give.
+
+    Args:
+      config: the stream.
+      process_index, process_count: which part of each batch to load.
+
+    Raises:
+      ConfigError: the batch does not divide, or a source cannot be read.
+    """
+    if process_count < 1 or config.batch_size % process_count:
+        raise ConfigError("batch_size", config.batch_size, f"must be a multiple of the {process_count} processes")
+    if not 0 <= process_index < process_count:
+        raise ConfigError("process_index", process_index, f"must be below process_count={process_count}")
+    return BatchIterator(config, process_index, process_count)
+
+
+def eval_text(
+    source: SourceSpec, tokenizer: TokenizerSpec, length: int, count: int, *, batch_size: int = 1
+) -> Iterator[Batch]:
+    """Consecutive, non-overlapping windows of a source, for perplexity; the same every time.
+
+    Each document gives its whole windows of `length` predictions from its start (bos); what is left at its end is not
+    used. Batches have `batch_size` rows; rows of padding (weight 0) fill the last.
+
+    Args:
+      source: usually `Corpus("validation")`.
+      tokenizer: text to ids.
+      length: T.
+      count: how many windows.
+      batch_size: rows of a batch.
+
+    Raises:
+      ConfigError: the source has fewer than `count` windows of this length.
+    """
+    store = tokenized(source, tokenizer)
+    places = [(d, k * length) for d, targets in enumerate(store.targets) for k in range(int(targets) // length)]
+    if len(places) < count:
+        fix = f"the source has {len(places)} windows of {length} tokens; lower it or the length"
+        raise ConfigError("count", count, fix)
+    return _windows(store, places[:count], tokenizer.pad_id, length, batch_size)
+
+
+def _windows(store, places, pad_id, length, batch_size) -> Iterator[Batch]:
+    for first in range(0, len(places), batch_size):
+        tokens = [store[d][begin : begin + length + 1] for d, begin in places[first : first + batch_size]]
+        yield batch_of([Document(t, np.ones(len(t), np.float32)) for t in tokens], length, pad_id, rows=batch_size)

@@ -1,0 +1,132 @@
+"""Bytes on disk to lines and texts: decompression, UTF-8, and errors that name file and line. Knows no source spec."""
+
+from __future__ import annotations
+
+import bz2
+import gzip
+import lzma
+import zlib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from irope_jax.core.config import ConfigError, nearest
+
+
+class SourceError(ConfigError):
+    """Data that cannot be read; one line `FILE:LINE: what is wrong`.
+
+    Args:
+      path: the file.
+      line: line number from 1 (row number for parquet), or `None` when the whole file is meant.
+      fix: what is wrong.
+    """
+
+    def __init__(self, path: str | Path, line: int | None, fix: str):
+        super().__init__(str(path) if line is None else f"{path}:{line}", ConfigError.ABSENT, fix)
+
+    def within(self, path: str) -> SourceError:
+        return self  # a file name stands alone; the path of a config field in front would hide it
+
+
+def open_bytes(path: Path) -> BinaryIO:
+    """The decompressed bytes of a file, by its last suffix."""
+    try:
+        match path.suffix:
+            case ".xz":
+                return lzma.open(path, "rb")
+            case ".gz":
+                return gzip.open(path, "rb")
+            case ".bz2":
+                return bz2.open(path, "rb")
+            case ".zst":
+                try:
+                    import zstandard
+                except ImportError:
+                    raise SourceError(path, None, "needs the library `zstandard`; install irope-jax[text]") from None
+                decompressor = zstandard.ZstdDecompressor()  # several frames in one file are legal: read them all
+                return decompressor.stream_reader(path.open("rb"), read_across_frames=True)
+            case _:
+                return path.open("rb")
+    except OSError as error:
+        raise SourceError(path, None, f"cannot open ({error.strerror or error})") from None
+
+
+def read_lines(path: Path, *, skip_damaged: bool = False) -> Iterator[tuple[int, str]]:
+    """`(line number from 1, line without its end)`; lines end at newline only. A BOM at the start is dropped.
+
+    Raises:
+      SourceError: broken compression, NUL bytes (binary data) or invalid UTF-8; with `skip_damaged` the last two leave
+        out the line instead.
+    """
+    number, unfinished = 0, []
+    with open_bytes(path) as file:
+        while True:
+            block = _read(file, path, number + 1, 1 << 20)
+            first, *others = block.split(b"\n")
+            unfinished.append(first)
+            if block and not others:
+                continue  # a line longer than the block: join its pieces once, at its end
+            lines = [b"".join(unfinished), *others]
+            unfinished = [lines.pop()] if block else []
+            if lines == [b""] and not block:
+                return
+            for line in lines:
+                number += 1
+                try:
+                    yield number, _decode(line.removesuffix(b"\r"), path, number)
+                except SourceError:
+                    if not skip_damaged:
+                        raise
+            if not block:
+                return
+
+
+def read_text(path: Path) -> str:
+    """The whole file as text; line ends are kept as they are, a BOM at the start is dropped."""
+    with open_bytes(path) as file:
+        parts, lines = [], 1
+        while block := _read(file, path, lines, 1 << 20):
+            parts.append(block)
+            lines += block.count(b"\n")
+    return _decode(b"".join(parts), path, 1)
+
+
+def text_of(record: Mapping[str, Any], field: str, path: Path, line: int) -> str:
+    """The text of a record, checked: there, a string, and encodable."""
+    if field not in record:
+        keys = [str(key) for key in record]
+        raise SourceError(path, line, f"no field {field!r}; {nearest(field, keys) if keys else 'the object is empty'}")
+    text = record[field]
+    if not isinstance(text, str):
+        raise SourceError(path, line, f"field {field!r} should be text, got {type(text).__name__}")
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise SourceError(path, line, f"field {field!r} holds a lone surrogate, which is not text") from None
+    return text
+
+
+def _read(file: BinaryIO, path: Path, line: int, size: int) -> bytes:
+    try:
+        return file.read(size)
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        problem = error
+    except Exception as error:  # zstandard's own error type exists only where the library is installed
+        if type(error).__name__ != "ZstdError":
+            raise
+        problem = error
+    raise SourceError(path, line, f"damaged or truncated {path.suffix or 'file'} data ({problem})") from None
+
+
+def _decode(data: bytes, path: Path, first_line: int) -> str:
+    if first_line == 1:
+        data = data.removeprefix(b"\xef\xbb\xbf")
+    nul = data.find(b"\0")
+    if nul >= 0:
+        raise SourceError(path, first_line + data.count(b"\n", 0, nul), "holds NUL bytes: binary data, not text")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        line = first_line + data.count(b"\n", 0, error.start)
+        raise SourceError(path, line, f"not UTF-8 (byte 0x{data[error.start]:02x}); convert the file") from None
