@@ -1,0 +1,233 @@
+"""Runs side by side, and their measurements aggregated.
+
+Here: reading run directories into the arms of a comparison, choosing which measurements speak for a run, weighted
+means, intervals. Not here: how they look (tables, plots) or what the page says (report).
+
+What evaluations are expected to record (`core.records.RunWriter.measure`):
+
+    perplexity  nll_by_position  nats per token, count = tokens     where length, from, to   (positions [from, to))
+    perplexity  nll_by_length    nats per token, count = tokens     where length
+    retrieval   accuracy         fraction right, count = queries    where length, depth, straddle
+    retrieval   answer_nll       nats per token of the answer       where length, depth, straddle
+    retrieval   chance           accuracy of guessing (optional)    where anything
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from irope_jax.core.records import Measurement, RecordError, Run, load_run
+
+Facts = Literal["all", "inside", "straddling"]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One run of a comparison.
+
+    Attributes:
+      index: place in the comparison; decides colour and marker in every figure.
+      label: the name of the run, unique in the comparison.
+      run: its records.
+    """
+
+    index: int
+    label: str
+    run: Run
+
+    @property
+    def training_length(self) -> int | None:
+        """Tokens per training sequence, `config["data"]["seq_len"]`; `None` if the config does not say."""
+        return lookup(self.run.config, "data", "seq_len")
+
+    @property
+    def planned_steps(self) -> int | None:
+        return lookup(self.run.config, "train", "steps")
+
+    @property
+    def finished(self) -> bool:
+        return self.planned_steps is not None and self.run.last_step >= self.planned_steps
+
+    def multiple(self, length: int) -> float:
+        """A context length in multiples of the training length."""
+        return length / self.training_length
+
+    def recorded(self, detail: str) -> Any:
+        """The latest value of a detail in the run's events, e.g. `parameters`; `None` if never recorded."""
+        return next((e.details[detail] for e in reversed(self.run.events) if detail in e.details), None)
+
+    def measured_at(self, evaluation: str) -> int | None:
+        """The last step at which an evaluation was recorded; `None` if never."""
+        return max((m.step for m in self.run.evals if m.evaluation == evaluation), default=None)
+
+    def measurements(self, evaluation: str, name: str) -> list[Measurement]:
+        """The measurements of the last step at which `evaluation` was recorded: those that speak for the run."""
+        step = self.measured_at(evaluation)
+        return [m for m in self.run.evals if (m.step, m.evaluation, m.name) == (step, evaluation, name)]
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A mean over `count` things; `where` holds the keys it was grouped by."""
+
+    where: dict[str, Any]
+    value: float
+    count: int
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """95 % Wilson interval, reading `value` as a fraction of `count` independent trials."""
+        return wilson(self.value, self.count)
+
+
+def load_arms(directories: Iterable[str | os.PathLike]) -> list[Arm]:
+    """Read the runs of a comparison, in the order given.
+
+    Raises:
+      RecordError: no directory given, or one of them is not a readable run directory.
+    """
+    runs = [load_run(directory) for directory in directories]
+    if not runs:
+        raise RecordError("no run directory was given; name at least one")
+    return arms_of(runs)
+
+
+def arms_of(runs: Sequence[Run]) -> list[Arm]:
+    """Arms with unique labels: runs that share a name are told apart by their directory."""
+    names = [run.name for run in runs]
+    labels: list[str] = []
+    for run, name in zip(runs, names, strict=True):
+        label = name if names.count(name) == 1 else f"{name} ({run.directory.resolve().name})"
+        labels.append(label if label not in labels else f"{name} ({run.directory})")
+    return [Arm(i, label, run) for i, (label, run) in enumerate(zip(labels, runs, strict=True))]
+
+
+def lookup(config: Any, *path: str) -> Any:
+    """The value at a path of nested mappings, `None` where the path ends early."""
+    for key in path:
+        if not isinstance(config, dict) or key not in config:
+            return None
+        config = config[key]
+    return config
+
+
+def aggregate(measurements: Iterable[Measurement], keys: Sequence[str]) -> list[Cell]:
+    """Count-weighted means over the measurements that agree in `keys`, ordered by those keys.
+
+    Measurements that lack one of the keys, or of nothing (count 0), are left out. A NaN stays a NaN: it was measured.
+    """
+    groups: dict[tuple, list[Measurement]] = {}
+    for m in measurements:
+        if m.count > 0 and all(key in m.where for key in keys):
+            groups.setdefault(tuple(m.where[key] for key in keys), []).append(m)
+    cells = []
+    for group in sorted(groups):
+        count = sum(m.count for m in groups[group])
+        mean = math.fsum(m.value * m.count for m in groups[group]) / count
+        cells.append(Cell(dict(zip(keys, group, strict=True)), mean, count))
+    return cells
+
+
+def wilson(fraction: float, count: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson score interval of a fraction of `count` trials (Wilson 1927), 95 % by default.
+
+    It stays within [0, 1] and has a width at 0 of n and n of n, where the normal approximation has none.
+    """
+    if count <= 0 or math.isnan(fraction):
+        return 0.0, 1.0
+    centre = (fraction + z * z / (2 * count)) / (1 + z * z / count)
+    half = z / (1 + z * z / count) * math.sqrt(fraction * (1 - fraction) / count + z * z / (4 * count * count))
+    low, high = max(0.0, centre - half), min(1.0, centre + half)
+    # In exact arithmetic the interval contains the fraction; rounding at 0 and 1 must not break that.
+    return min(low, fraction), max(high, fraction)
+
+
+def retrieval(arm: Arm, facts: Facts = "all", keys: Sequence[str] = ("length",), name: str = "accuracy") -> list[Cell]:
+    """Retrieval by `keys`; `facts` selects facts within one chunk, across a chunk border, or both."""
+    found = arm.measurements("retrieval", name)
+    if facts != "all":
+        found = [m for m in found if m.where.get("straddle") is (facts == "straddling")]
+    return aggregate(found, keys)
+
+
+def nll_by_position(arm: Arm) -> list[Cell]:
+    """Loss by position bucket in the longest context measured; keys `length`, `from`, `to`.
+
+    Only the longest: shorter contexts are other pieces of text, and mixing them would bend the curve.
+    """
+    cells = aggregate(arm.measurements("perplexity", "nll_by_position"), ("length", "from", "to"))
+    longest = max((cell.where["length"] for cell in cells), default=None)
+    return [cell for cell in cells if cell.where["length"] == longest]
+
+
+def nll_by_length(arm: Arm) -> list[Cell]:
+    return aggregate(arm.measurements("perplexity", "nll_by_length"), ("length",))
+
+
+def chance(arms: Iterable[Arm]) -> float | None:
+    """Accuracy of guessing, where the runs agree on one."""
+    values = {cell.value for arm in arms for cell in aggregate(arm.measurements("retrieval", "chance"), ())}
+    return values.pop() if len(values) == 1 else None
+
+
+def in_multiples(arms: Iterable[Arm]) -> bool:
+    """Whether context lengths can be counted in multiples of the training length: every config says its own."""
+    return all(arm.training_length for arm in arms)
+
+
+def by_length(arms: Iterable[Arm], arm: Arm, cells: Iterable[Cell]) -> dict[float, Cell]:
+    """Cells by the context length at which they are compared: multiples of the training length, or tokens."""
+    relative = in_multiples(arms)
+    return {arm.multiple(c.where["length"]) if relative else c.where["length"]: c for c in cells}
+
+
+def smooth(steps: Sequence[int], values: Sequence[float], span: float) -> list[float]:
+    """Exponential mean of a curve with time constant `span` (in steps), unbiased at its beginning.
+
+    Non-finite values are passed over: the mean of before goes on.
+    """
+    smoothed, total, weight, before = [], 0.0, 0.0, None
+    for step, value in zip(steps, values, strict=True):
+        if math.isfinite(value):
+            keep = 0.0 if before is None else math.exp(-(step - before) / span)
+            total, weight, before = keep * total + value, keep * weight + 1.0, step
+        smoothed.append(total / weight if weight else math.nan)
+    return smoothed
+
+
+def missing(arms: Iterable[Arm]) -> list[str]:
+    """What a reader must know before comparing: unfinished runs, evaluations not made, conditions that differ."""
+    arms, notes = list(arms), []
+    for arm in arms:
+        step, planned = arm.run.last_step, arm.planned_steps
+        if not arm.run.train:
+            notes.append(f"{arm.label}: recorded no training step.")
+        elif planned is None:
+            notes.append(f"{arm.label}: its config does not say how many steps were planned (train.steps).")
+        elif step < planned:
+            notes.append(f"{arm.label}: not finished, stopped at step {step:,} of {planned:,}.")
+        if not arm.training_length:
+            notes.append(f"{arm.label}: its config does not say the training length (data.seq_len).")
+        for evaluation in ("perplexity", "retrieval"):
+            at = arm.measured_at(evaluation)
+            if at is None:
+                notes.append(f"{arm.label}: {evaluation} was not measured.")
+            elif at < step:
+                notes.append(f"{arm.label}: {evaluation} was last measured at step {at:,}, training is at {step:,}.")
+    lengths = {arm.label: arm.training_length for arm in arms if arm.training_length}
+    if len(set(lengths.values())) > 1:
+        listed = ", ".join(f"{label} {length:,}" for label, length in lengths.items())
+        notes.append(f"The runs were trained at different lengths ({listed}); multiples are of each run's own.")
+    for evaluation, cells in (("retrieval", retrieval), ("loss", nll_by_length)):
+        measured = {arm.label: by_length(arms, arm, cells(arm)) for arm in arms if cells(arm)}
+        everything = set().union(*measured.values())
+        unit = " × the training length" if in_multiples(arms) else " tokens"
+        for label, own in measured.items():
+            if absent := sorted(everything - set(own)):
+                listed = ", ".join(f"{place:,g}" for place in absent)
+                notes.append(f"{label}: {evaluation} was not measured at {listed}{unit}, as it was for other runs.")
+    return notes

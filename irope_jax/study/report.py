@@ -1,0 +1,185 @@
+"""One page about a comparison: Markdown with figures and tables, made from run directories alone.
+
+Here: the order of the page and its prose. Not here: numbers (collect), tables, figures (plots). The page says what it
+could not find instead of leaving it out.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+
+import irope_jax
+from irope_jax.core.records import RecordError
+from irope_jax.study import plots, tables
+from irope_jax.study.collect import Arm, load_arms, missing, nll_by_position, retrieval
+
+PAGE = "report.md"
+
+
+def write_report(
+    run_directories: Sequence[str | os.PathLike],
+    out_directory: str | os.PathLike,
+    *,
+    title: str = "",
+    command: str | None = None,
+) -> Path:
+    """Write `report.md` and its PNG figures into `out_directory`; returns the path of the page.
+
+    Args:
+      run_directories: runs to compare, in the order in which they are to appear; the first gets the first colour.
+      out_directory: made if it does not exist; older pages of the same name are replaced.
+      title: heading of the page; by default the names of the runs.
+      command: the command that makes this page, for the reader; by default the `irope report` that does.
+
+    Raises:
+      RecordError: a run directory cannot be read, or the page cannot be written.
+      plots.PlotsMissingError: matplotlib is not installed.
+    """
+    arms, out = load_arms(run_directories), Path(out_directory)
+    if command is None:
+        command = shlex.join(["irope", "report", *map(os.fspath, run_directories), "--out", os.fspath(out)])
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        sections = [
+            _opening(arms, out, title),
+            _missing(arms),
+            _runs(arms),
+            _retrieval(arms, out),
+            _perplexity(arms, out),
+            _training(arms, out),
+            _origin(arms, command),
+        ]
+        page = out / PAGE
+        page.write_text("\n\n".join(filter(None, sections)) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise RecordError(f"{out}: the report cannot be written there ({error.strerror or error})") from None
+    return page
+
+
+def terminal_tables(run_directories: Sequence[str | os.PathLike]) -> list:
+    """The result as rich tables to print: retrieval by context length, facts apart, and loss by position.
+
+    Of what was not measured there is no table. Intervals are left to the page, so that 80 columns suffice.
+    """
+    arms = load_arms(run_directories)
+    found = [*_retrieval_tables(arms, False), tables.nll_by_length_table(arms), tables.nll_by_position_table(arms)]
+    return [table.rich() for table in found if table is not None]
+
+
+def _opening(arms: Sequence[Arm], out: Path, title: str) -> str:
+    text = [f"# {title or ' · '.join(arm.label for arm in arms)}"]
+    path = plots.headline(arms, out / "headline.png")
+    if path is None:
+        return "\n\n".join([*text, "Neither retrieval nor perplexity was measured: there is no result to show yet."])
+    halves = []
+    if any(retrieval(arm) for arm in arms):
+        halves.append(
+            "retrieval accuracy by context length, over all facts (band: 95 % Wilson interval of the queries asked; it "
+            "says nothing about other seeds)"
+        )
+    if any(nll_by_position(arm) for arm in arms):
+        halves.append(
+            "mean loss by position in the document, in the longest context each run was measured at (log2 buckets; the "
+            "first positions are left to the table)"
+        )
+    sides = ("Left: ", "; right: ") if len(halves) == 2 else ("", "")
+    caption = "".join(side + half for side, half in zip(sides, halves))
+    return "\n\n".join([*text, _image(path, "headline figure"), caption[0].upper() + caption[1:] + "."])
+
+
+def _missing(arms: Sequence[Arm]) -> str:
+    notes = missing(arms)
+    if not notes:
+        return ""
+    return "\n".join(["> **Read this first**", ">", *(f"> - {note}" for note in notes)])
+
+
+def _runs(arms: Sequence[Arm]) -> str:
+    text = ["## What was run", tables.runs_table(arms).markdown()]
+    table = tables.difference_table(arms)
+    if table is not None:
+        text += ["The fields in which their configurations differ:", table.markdown()]
+    elif len(arms) > 1:
+        text.append("Their configurations do not differ in any field but name and description.")
+    return "\n\n".join(text)
+
+
+def _retrieval_tables(arms: Sequence[Arm], intervals: bool = True) -> list[tables.Table | None]:
+    return [tables.retrieval_table(arms, facts, intervals=intervals) for facts in ("all", "inside", "straddling")]
+
+
+def _retrieval(arms: Sequence[Arm], out: Path) -> str:
+    found = [table for table in _retrieval_tables(arms) if table is not None]
+    if not found:
+        return "## Retrieval\n\nNot measured."
+    asked = {arm.label: [cell.count for cell in retrieval(arm)] for arm in arms}
+    counts = [f"{label} {min(n):,}" + (f" to {max(n):,}" if max(n) > min(n) else "") for label, n in asked.items() if n]
+    intro = (
+        "A fact is placed somewhere in the context and asked for at its end. Columns are context lengths, in multiples "
+        "of the training length; in brackets the 95 % Wilson interval. Queries per context length: "
+        + ", ".join(counts)
+        + "."
+    )
+    text = ["## Retrieval", intro]
+    for table in found:
+        text += [f"**{table.title}**", table.markdown()]
+    if len(found) == 1:
+        text.append("Whether a fact straddled a chunk border was not recorded.")
+    path = plots.heat_maps(arms, out / "retrieval_heat_map.png")
+    if path is not None:
+        text += ["By context length and depth of the fact (0 % is the beginning of the context), all facts:"]
+        text += [_image(path, "retrieval accuracy by context length and depth")]
+    for facts, about in (("inside", "facts inside one chunk"), ("straddling", "facts across a chunk border")):
+        path = plots.retrieval_by_length(arms, out / f"retrieval_{facts}.png", facts)
+        if path is not None:
+            text.append(_image(path, f"retrieval accuracy by context length, {about}"))
+    return "\n\n".join(text)
+
+
+def _perplexity(arms: Sequence[Arm], out: Path) -> str:
+    by_position, by_length = tables.nll_by_position_table(arms), tables.nll_by_length_table(arms)
+    if by_position is None and by_length is None:
+        return "## Perplexity\n\nNot measured."
+    text = ["## Perplexity"]
+    path = plots.perplexity_by_position(arms, out / "perplexity_by_position.png")
+    if by_position is not None:
+        longest = [f"{arm.label} {c[0].where['length']:,}" for arm in arms if (c := nll_by_position(arm))]
+        text.append(f"In the longest context measured, in tokens: {', '.join(longest)}.")
+        text += [_image(path, "perplexity by position"), f"**{by_position.title}**", by_position.markdown()]
+    else:
+        text.append("By position it was not measured.")
+    if by_length is not None:
+        text += [f"**{by_length.title}** (mean over the whole context)", by_length.markdown()]
+    return "\n\n".join(text)
+
+
+def _training(arms: Sequence[Arm], out: Path) -> str:
+    text = ["## Training"]
+    path = plots.loss_curves(arms, out / "loss_curves.png")
+    if path is None:
+        return "## Training\n\nNo loss was recorded."
+    text += [_image(path, "training loss"), "Thin: as recorded. Thick: exponential mean over a thirtieth of the run."]
+    text += [tables.training_table(arms).markdown()]
+    text += ["The final loss is the mean over the last twentieth of the records; speeds are medians."]
+    return "\n\n".join(text)
+
+
+def _origin(arms: Sequence[Arm], command: str) -> str:
+    versions = [f"irope-jax {irope_jax.__version__}", f"Python {platform.python_version()}"]
+    versions += [f"{name} {metadata.version(name)}" for name in ("matplotlib", "numpy")]
+    made_with = f"Made with {', '.join(versions)}."
+    lines = ["## How this page was made", f"```bash\n{command}\n```", made_with]
+    for arm in arms:
+        start = next((event.details for event in reversed(arm.run.events) if event.name == "start"), {})
+        details = ", ".join(f"{key} {value}" for key, value in start.items() if isinstance(value, (str, int, float)))
+        lines.append(f"- {arm.label}: `{arm.run.directory}`" + (f" ({details})" if details else ""))
+    return "\n\n".join([*lines[:3], "\n".join(lines[3:])])
+
+
+def _image(path: Path, text: str) -> str:
+    return f"![{text}]({path.name})"
