@@ -294,6 +294,11 @@ class _Module:
             return int(found[1])
         if found := re.search(r"replica_groups=\{\s*\{([\d,\s]*)\}", op.attributes):
             return len(found[1].split(","))
+        if found := re.search(r"replica_groups=@?mesh\w*\[([^\]]*)\]\s*\{([^}]*)\}", op.attributes):
+            sizes = dict(re.findall(r"'([^']+)'=(\d+)", found[1]))
+            # An axis, or `'axis':(before)size` for a part of one.
+            axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", found[2])
+            return math.prod(int(part or sizes[axis]) for axis, part in axes)
         if re.search(r"replica_groups=\{\s*\}", op.attributes) or "replica_groups=" not in op.attributes:
             return self.devices
         raise ValueError(f"{op.name}: cannot read replica_groups in {op.attributes[:200]!r}")

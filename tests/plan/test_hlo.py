@@ -241,8 +241,23 @@ def test_forms_of_other_compilers():
     assert cost.instructions == 18
 
 
+@pytest.mark.parametrize(
+    "groups, n",
+    [
+        ("{{0,2},{1,3}}", 2),
+        ("[1,4]<=[4]", 4),
+        ("mesh['x'=2,'y'=2] {'y'}", 2),
+        ("mesh['x'=2,'y'=2] {'x','y'}", 4),
+        ("mesh['x'=4] {'x':(1)2}", 2),
+    ],
+)
+def test_spellings_of_device_groups(groups, n):
+    program = HAND_WRITTEN.replace("replica_groups={}", f"replica_groups={groups}")
+    assert hlo.analyse(program).collective_bytes["all-reduce"] == 2 * 6 * 8 * 2 * (n - 1) / n
+
+
 def test_what_cannot_be_read_is_an_error():
     with pytest.raises(ValueError, match="ENTRY"):
         hlo.analyse("not a program")
     with pytest.raises(ValueError, match="replica_groups"):
-        hlo.analyse(HAND_WRITTEN.replace("replica_groups={}", "replica_groups=mesh"))
+        hlo.analyse(HAND_WRITTEN.replace("replica_groups={}", "replica_groups=whatever"))
