@@ -1,0 +1,169 @@
+"""The block plan: into which tiles attention is cut, and which of them are visited in which order.
+
+A tile is a block of queries times a block of keys, for some batch rows and key heads at once. What is known while
+tracing (row order promised by `TokenInfo`) bounds the blocks of keys each block of queries visits; what only the
+coordinates tell (packing, padding, permutations) is summarised per block (`Summary`) and decides at run time whether a
+visited tile is computed. Everything here is O(blocks); no mathematics of attention lives here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import flax.struct
+import jax.numpy as jnp
+import numpy as np
+
+from irope_jax.attention.mask import Chunked, Global, MaskSpec, block_range, row_bounds
+from irope_jax.core.types import PAD_SEGMENT, Array, TokenInfo
+
+TILE = 2**18
+"""Greatest number of scores in a tile: 1 MiB of float32, half of a usual level-2 cache."""
+
+STEP = 2**13
+"""What a visit costs beside its scores, in scores: the loop's bookkeeping, reading tiles and writing sums."""
+
+BLOCKS = (32, 64, 128, 256, 512)
+"""Block lengths to choose from."""
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """Which tiles are visited.
+
+    The last block of an axis reaches back over its neighbour instead of being padded; the overlap is ignored.
+
+    Attributes:
+      block_q, block_k: tokens per block of queries and of keys; at most the length of the axis.
+      rows: batch rows per tile; divides the batch.
+      heads: key heads (each with its group of query heads) per tile; divides the number of key heads.
+      low, high: for each block of queries the first and last block of keys to visit.
+    """
+
+    block_q: int
+    block_k: int
+    rows: int
+    heads: int
+    low: tuple[int, ...]
+    high: tuple[int, ...]
+
+    @property
+    def visits(self) -> int:
+        """Tiles visited for one batch row and key head (several of them share a visit)."""
+        return sum(h - l + 1 for l, h in zip(self.low, self.high))
+
+
+def fold_length(mask: MaskSpec, q_info: TokenInfo, k_info: TokenInfo) -> int | None:
+    """Chunk length if the sequence can be cut into chunks that see nothing of each other, all at the same places."""
+    if not isinstance(mask, Chunked) or q_info.shape != k_info.shape or q_info.first_row is None:
+        return None
+    promised = all(mask.borders_known(info.document_multiple) for info in (q_info, k_info))
+    starts = (q_info.first_row + mask.shift) % mask.size == 0 and q_info.first_row == k_info.first_row
+    whole = q_info.shape[1] % mask.size == 0 and q_info.shape[1] > mask.size
+    return mask.size if promised and starts and whole else None
+
+
+def fold(info: TokenInfo, length: int) -> TokenInfo:
+    """The coordinates with every `length` tokens made a batch row of their own; rows count from 0 in each."""
+    cut = lambda x: x.reshape(-1, length)
+    rows = (cut(info.rows) - info.first_row) % length
+    return TokenInfo(cut(info.positions), cut(info.segments), rows, first_row=0)
+
+
+def plan_blocks(mask: MaskSpec, q_info: TokenInfo, k_info: TokenInfo, key_heads: int, group: int) -> BlockPlan:
+    """The cheapest plan by a count of scores and visits, over the block lengths in `BLOCKS`."""
+    batch, q_length = q_info.shape
+    k_length = k_info.shape[1]
+    best, least = None, None
+    for block in BLOCKS:
+        block_q, block_k = min(block, q_length), min(block, k_length)
+        if q_length < block_q // 2 or q_length == 1:
+            block_k = min(k_length, 16 * block)
+        rows, heads = tile(batch, key_heads, group, block_q * block_k)
+        low, high = bounds(mask, q_info, k_info, block_q, block_k)
+        plan = BlockPlan(block_q, block_k, rows, heads, low, high)
+        scores = batch * key_heads * group * block_q * block_k * plan.visits
+        cost = scores + STEP * (batch // rows) * (key_heads // heads) * plan.visits
+        if least is None or cost <= least:
+            best, least = plan, cost
+        if block >= max(q_length, k_length):
+            break
+    return best
+
+
+def tile(batch: int, key_heads: int, group: int, scores: int) -> tuple[int, int]:
+    """Batch rows and key heads that share a tile of `scores` per head: divisors that keep it within `TILE`."""
+    room = max(TILE // (scores * group), 1)
+    heads = max(d for d in range(1, key_heads + 1) if key_heads % d == 0 and d <= room)
+    room //= heads
+    rows = max(d for d in range(1, batch + 1) if batch % d == 0 and d <= room) if room else 1
+    return (rows if heads == key_heads else 1), heads
+
+
+def bounds(mask: MaskSpec, q_info: TokenInfo, k_info: TokenInfo, block_q: int, block_k: int):
+    """First and last block of keys per block of queries, as tuples of ints; every block of keys without promises.
+
+    A block of queries that sees no key still visits one tile, so that the loop needs no special case.
+    """
+    q_length, k_length = q_info.shape[1], k_info.shape[1]
+    blocks_q, blocks_k = -(-q_length // block_q), -(-k_length // block_k)
+    if q_info.first_row is None or k_info.first_row is None:
+        return (0,) * blocks_q, (blocks_k - 1,) * blocks_q
+    first = q_info.first_row + np.arange(blocks_q, dtype=np.int64) * block_q
+    last = np.minimum(first + block_q, q_info.first_row + q_length) - 1
+    multiples = (q_info.document_multiple, k_info.document_multiple)
+    known = [m for m in multiples if mask.borders_known(m)]
+    low_row, high_row = row_bounds(mask, first, last, known[0] if len(known) == 2 else 1)
+    low = np.clip((low_row - k_info.first_row) // block_k, 0, blocks_k - 1)
+    high = np.clip((high_row - k_info.first_row) // block_k, 0, blocks_k - 1)
+    if isinstance(mask, Global):
+        low[:] = 0
+    return tuple(low.tolist()), tuple(np.maximum(low, high).tolist())
+
+
+@flax.struct.dataclass
+class Summary:
+    """What a visit needs to know about each block: int32 `[B, blocks]` each, over its tokens that are not padding.
+
+    `padded` is 1 where some are. A range with low > high holds nothing. `label` is absent if the mask has none.
+    """
+
+    rows: tuple[Array, Array]
+    segments: tuple[Array, Array]
+    label: tuple[Array, Array] | None
+    padded: Array
+
+
+def summarise(mask: MaskSpec, info: TokenInfo, block: int) -> Summary:
+    """`Summary` of each block of `block` tokens."""
+    present = info.segments != PAD_SEGMENT
+    label = mask.label(info)
+    return Summary(
+        rows=block_range(info.rows, present, block),
+        segments=block_range(info.segments, present, block),
+        label=None if label is None else block_range(label, present, block),
+        padded=block_range((~present).astype(jnp.int32), jnp.ones_like(present), block)[1],
+    )
+
+
+SKIP, PLAIN, MASKED = 0, 1, 2
+"""What a visit does: nothing is visible; everything is visible; the mask decides."""
+
+
+def verdict(mask: MaskSpec, q: Summary, k: Summary) -> Array:
+    """`SKIP`, `PLAIN` or `MASKED` for tiles whose blocks have the summaries `q` and `k`: int32 scalar, over all rows."""
+    (q_low, q_high), (k_low, k_high) = q.rows, k.rows
+    apart = k_low > q_high
+    whole = (q.padded == 0) & (k.padded == 0) & (k_high <= q_low)
+    if mask.width is not None:
+        apart |= k_high <= q_low - mask.width
+        whole &= q_high - k_low < mask.width
+    for a, b in ((q.segments, k.segments),) + (() if q.label is None else ((q.label, k.label),)):
+        apart |= (a[0] > b[1]) | (b[0] > a[1])
+        whole &= (a[0] == a[1]) & (b[0] == b[1]) & (a[0] == b[0])
+    return jnp.where(jnp.all(apart), SKIP, jnp.where(jnp.all(whole), PLAIN, MASKED))
+
+
+def override(plan: BlockPlan, **changes) -> BlockPlan:
+    """The plan with some fields replaced."""
+    return replace(plan, **changes)
