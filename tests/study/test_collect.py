@@ -36,7 +36,7 @@ def test_a_nan_that_was_measured_stays_and_one_of_nothing_does_not():
 
 @pytest.mark.parametrize(("right", "count"), [(0, 10), (1, 10), (5, 10), (97, 100), (64, 64), (1, 1)])
 def test_wilson_bounds_solve_their_definition(right, count):
-    """The bounds are the fractions p whose normal test just rejects the seen one: |seen - p| = z sqrt(p (1 - p) / n)."""
+    """Bounds are the fractions p whose normal test just rejects what was seen: |seen - p| = z sqrt(p (1 - p) / n)."""
     seen = right / count
     low, high = wilson(seen, count)
     assert 0 <= low <= seen <= high <= 1 and high - low > 0
