@@ -2,14 +2,10 @@
 
 Belongs here: cross-entropy with the output matrix, its z-loss, per-token losses for evaluation. Does not belong here:
 which tokens count (weights are data), how sums over steps or devices are averaged (the training step does that).
-
-Sums over tokens do not care about their order, so a chunk is not a stretch of the sequence but every n-th token of it:
-a sequence split over devices stays split, each device working on its own tokens in every chunk.
 """
 
 from __future__ import annotations
 
-import math
 from functools import partial
 
 import flax.struct
@@ -17,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from irope_jax.core.config import ConfigError
+from irope_jax.core.chunks import TokenChunks
 from irope_jax.core.types import Array
 
 TILE = 2**25
@@ -64,12 +60,12 @@ def chunked_cross_entropy(
       w_DV: output matrix.
       targets_BT: int token ids; where the weight is 0 any value will do.
       weights_BT: weight of each token's loss. Data: no gradient flows to it.
-      chunk: tokens whose logits exist at a time, over the whole batch; `None` makes it `TILE / V`, so that a small
-        vocabulary takes one chunk.
+      chunk: tokens whose logits exist at a time, of each piece; `None` makes it `TILE / V`, so that a small vocabulary
+        takes one chunk.
       z_loss: factor of the squared log-partition term (PaLM, arXiv 2204.02311 section 5: 1e-4) in the gradient.
       shards: into how many equal pieces devices split the batch and the sequence. Under plain `jit`, the gradient of
         `w_DV` is then kept apart by piece until the end and summed across devices once; with (1, 1) it would be summed
-        across devices in every chunk. Costs nothing and changes nothing else.
+        across devices in every chunk. Costs nothing and changes nothing else; inside `shard_map` leave it alone.
 
     Returns:
       `LossSums`. The gradient with respect to `hidden_BTD` and `w_DV` has their types; that of `w_DV` is accumulated in
@@ -78,8 +74,8 @@ def chunked_cross_entropy(
     Raises:
       ConfigError: a chunk below 1 or shards that do not divide batch and length.
     """
-    layout = _Layout.of(hidden_BTD.shape, w_DV.shape[1], chunk, shards)
-    return _sums(layout, float(z_loss), hidden_BTD, w_DV, targets_BT, weights_BT.astype(jnp.float32))
+    chunks = _chunks(hidden_BTD, w_DV, chunk, shards)
+    return _sums(chunks, float(z_loss), hidden_BTD, w_DV, targets_BT, weights_BT.astype(jnp.float32))
 
 
 def token_losses(
@@ -93,68 +89,20 @@ def token_losses(
     Returns:
       negative log-likelihood float32 `[B, T]` in nats, and bool `[B, T]`: the target has strictly the largest logit.
     """
-    layout = _Layout.of(hidden_BTD.shape, w_DV.shape[1], chunk, shards)
-    hidden, targets = layout.split(hidden_BTD), layout.split(targets_BT)
+    chunks = _chunks(hidden_BTD, w_DV, chunk, shards)
+    hidden, targets = chunks.split(hidden_BTD), chunks.split(targets_BT)
 
     def body(out, i):
-        _, lse, target, correct = _read(layout.take(hidden, i), w_DV, layout.take(targets, i))
-        return (layout.put(out[0], lse - target, i), layout.put(out[1], correct, i)), None
+        _, lse, target, correct = _read(chunks.take(hidden, i), w_DV, chunks.take(targets, i))
+        return chunks.put(out[0], lse - target, i), chunks.put(out[1], correct, i)
 
-    nll, correct = layout.fold(body, (jnp.zeros(targets.shape, jnp.float32), jnp.zeros(targets.shape, bool)))
-    return layout.join(nll), layout.join(correct)
-
-
-# --- chunks: [B, T] -> [u, b, s, t, n]: u x s pieces held by devices, n chunks of every n-th token --------------------
-
-_CHUNK_AXIS = 4
+    nll, correct = chunks.fold(body, (jnp.zeros(targets.shape, jnp.float32), jnp.zeros(targets.shape, bool)))
+    return chunks.join(nll), chunks.join(correct)
 
 
-@flax.struct.dataclass
-class _Layout:
-    batch: int = flax.struct.field(pytree_node=False)
-    length: int = flax.struct.field(pytree_node=False)
-    shards: tuple[int, int] = flax.struct.field(pytree_node=False)
-    chunks: int = flax.struct.field(pytree_node=False)
-
-    @classmethod
-    def of(cls, shape, vocabulary: int, chunk: int | None, shards: tuple[int, int]) -> _Layout:
-        batch, length, _ = shape
-        chunk = max(1, TILE // vocabulary) if chunk is None else chunk
-        if chunk < 1:
-            raise ConfigError("chunk", chunk, "tokens whose logits exist at a time; use 1 or more, or None")
-        if batch % shards[0] or length % shards[1]:
-            raise ConfigError("shards", shards, f"must divide batch and length, {batch} and {length}")
-        piece = length // shards[1]
-        fewest = min(piece, math.ceil(batch * length / chunk))
-        # A divisor of the length needs no padding; look for one before padding to a multiple.
-        exact = (n for n in range(fewest, min(2 * fewest, piece) + 1) if piece % n == 0)
-        return cls(batch, length, tuple(shards), next(exact, fewest))
-
-    def split(self, x: Array) -> jax.Array:
-        """`[B, T, ...]` to `[u, b, s, t, n, ...]`; each piece is padded with zeros to a multiple of n."""
-        (u, s), n = self.shards, self.chunks
-        x = jnp.reshape(x, (u, self.batch // u, s, self.length // s, *x.shape[2:]))
-        missing = -x.shape[3] % n
-        if missing:
-            x = jnp.pad(x, [(0, missing if axis == 3 else 0) for axis in range(x.ndim)])
-        return x.reshape(*x.shape[:3], x.shape[3] // n, n, *x.shape[4:])
-
-    def join(self, x: jax.Array) -> jax.Array:
-        """Back to `[B, T, ...]`."""
-        x = x.reshape(*x.shape[:3], x.shape[3] * x.shape[4], *x.shape[5:])
-        x = x[:, :, :, : self.length // self.shards[1]]
-        return x.reshape(self.batch, self.length, *x.shape[4:])
-
-    def take(self, x: jax.Array, i) -> jax.Array:
-        return lax.dynamic_index_in_dim(x, i, _CHUNK_AXIS, keepdims=False)
-
-    def put(self, x: jax.Array, value: jax.Array, i) -> jax.Array:
-        return lax.dynamic_update_index_in_dim(x, value.astype(x.dtype), i, _CHUNK_AXIS)
-
-    def fold(self, body, carry):
-        if self.chunks == 1:
-            return body(carry, 0)[0]
-        return lax.scan(body, carry, jnp.arange(self.chunks))[0]
+def _chunks(hidden_BTD, w_DV, chunk: int | None, shards: tuple[int, int]) -> TokenChunks:
+    chunk = max(1, TILE // w_DV.shape[1]) if chunk is None else chunk
+    return TokenChunks.of(*hidden_BTD.shape[:2], chunk, shards)
 
 
 def _read(hidden, w_DV, targets) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
@@ -176,8 +124,8 @@ def _accumulate(sums: LossSums, lse, target, correct, weights) -> LossSums:
     return jax.tree.map(lambda total, x: total + jnp.sum(x, axis=(1, 3)), sums, here)
 
 
-def _nothing(layout: _Layout) -> LossSums:
-    return LossSums(*[jnp.zeros(layout.shards, jnp.float32)] * 4)
+def _nothing(chunks: TokenChunks) -> LossSums:
+    return LossSums(*[jnp.zeros(chunks.shards, jnp.float32)] * 4)
 
 
 def _total(sums: LossSums) -> LossSums:
@@ -185,23 +133,23 @@ def _total(sums: LossSums) -> LossSums:
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _sums(layout: _Layout, z_loss: float, hidden_BTD, w_DV, targets_BT, weights_BT) -> LossSums:
-    hidden, targets, weights = (layout.split(x) for x in (hidden_BTD, targets_BT, weights_BT))
+def _sums(chunks: TokenChunks, z_loss: float, hidden_BTD, w_DV, targets_BT, weights_BT) -> LossSums:
+    hidden, targets, weights = (chunks.split(x) for x in (hidden_BTD, targets_BT, weights_BT))
 
     def body(sums, i):
-        _, *read = _read(layout.take(hidden, i), w_DV, layout.take(targets, i))
-        return _accumulate(sums, *read, layout.take(weights, i)), None
+        _, *read = _read(chunks.take(hidden, i), w_DV, chunks.take(targets, i))
+        return _accumulate(sums, *read, chunks.take(weights, i))
 
-    return _total(layout.fold(body, _nothing(layout)))
+    return _total(chunks.fold(body, _nothing(chunks)))
 
 
-def _sums_and_gradients(layout: _Layout, z_loss: float, hidden_BTD, w_DV, targets_BT, weights_BT):
-    hidden, targets, weights = (layout.split(x) for x in (hidden_BTD, targets_BT, weights_BT))
+def _sums_and_gradients(chunks: TokenChunks, z_loss: float, hidden_BTD, w_DV, targets_BT, weights_BT):
+    hidden, targets, weights = (chunks.split(x) for x in (hidden_BTD, targets_BT, weights_BT))
     compute = jnp.result_type(hidden, w_DV)
 
     def body(carry, i):
         sums, d_hidden, d_w = carry
-        h, t, weight = (layout.take(x, i) for x in (hidden, targets, weights))
+        h, t, weight = (chunks.take(x, i) for x in (hidden, targets, weights))
         logits, lse, target, correct = _read(h, w_DV, t)
         sums = _accumulate(sums, lse, target, correct, weight)
         pull = (weight * (1.0 + 2.0 * z_loss * lse))[..., None]
@@ -209,16 +157,16 @@ def _sums_and_gradients(layout: _Layout, z_loss: float, hidden_BTD, w_DV, target
         d_logits = d_logits.astype(compute)
         d_h = jnp.einsum("ubstv,dv->ubstd", d_logits, w_DV, preferred_element_type=jnp.float32)
         d_w += jnp.einsum("ubstd,ubstv->usdv", h, d_logits, preferred_element_type=jnp.float32)
-        return (sums, layout.put(d_hidden, d_h, i), d_w), None
+        return sums, chunks.put(d_hidden, d_h, i), d_w
 
-    start = (_nothing(layout), jnp.zeros_like(hidden), jnp.zeros((*layout.shards, *w_DV.shape), jnp.float32))
-    sums, d_hidden, d_w = layout.fold(body, start)
+    start = (_nothing(chunks), jnp.zeros_like(hidden), jnp.zeros((*chunks.shards, *w_DV.shape), jnp.float32))
+    sums, d_hidden, d_w = chunks.fold(body, start)
     # The empty arrays carry the types of w and weights to the backward pass.
     types = jnp.zeros((0,), w_DV.dtype), jnp.zeros((0, *weights_BT.shape), weights_BT.dtype)
-    return _total(sums), (layout.join(d_hidden), d_w.sum((0, 1)), *types)
+    return _total(sums), (chunks.join(d_hidden), d_w.sum((0, 1)), *types)
 
 
-def _pull_back(layout: _Layout, z_loss: float, saved, cotangent: LossSums):
+def _pull_back(chunks: TokenChunks, z_loss: float, saved, cotangent: LossSums):
     d_hidden_BTD, d_w_DV, w_type, weights_type = saved
     scale = cotangent.loss_sum
     d_hidden_BTD = (scale * d_hidden_BTD.astype(jnp.float32)).astype(d_hidden_BTD.dtype)

@@ -126,12 +126,12 @@ def test_no_array_of_batch_length_vocabulary_and_the_fewest_products():
 )
 def test_split_over_devices_under_plain_jit(spec, shards):
     mesh = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("data", "rest"))
-    hidden, w, targets, weights = case(batch=8, length=16)
+    hidden, w, targets, weights = case(batch=8, length=32)
     sums, d_h, d_w, _, _ = definition(hidden, w, targets, weights)
     place = lambda x: jax.device_put(x, NamedSharding(mesh, spec))  # noqa: E731
     loss = jax.jit(
         jax.value_and_grad(
-            lambda h, w, t, m: losses.chunked_cross_entropy(h, w, t, m, chunk=32, shards=shards).loss_sum, (0, 1)
+            lambda h, w, t, m: losses.chunked_cross_entropy(h, w, t, m, chunk=16, shards=shards).loss_sum, (0, 1)
         )
     )
     args = place(hidden), jax.device_put(w, NamedSharding(mesh, P())), place(targets), place(weights)
