@@ -99,7 +99,9 @@ class Pieces:
     def _count(targets, length):
         counts = -(-targets // length)
         slack = counts * length - targets
-        more = (counts > 1) & (2 * slack < length)  # too little room to move the cuts: one piece more
+        more = (
+            (counts > 1) & (2 * slack < length) & (slack <= length - 2)
+        )  # little room to move the cuts: one piece more
         return counts + more, slack + more * length
 
     def _low_high(self) -> tuple[np.ndarray, np.ndarray]:

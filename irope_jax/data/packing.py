@@ -79,6 +79,7 @@ class BestFitPlanner:
 
     def add(self, name: int, length: int) -> list[list[tuple[int, int]]]:
         """Place a document that takes `length` places; returns the rows this closes, each `[(name, start), …]`."""
+        length = int(length)  # numpy integers would not go into a JSON state
         if not 1 <= length <= self.seq_len:
             raise ValueError(f"document {name} takes {length} places, a row has {self.seq_len}")
         closed = []

@@ -1,6 +1,6 @@
 """The training stream: mixture → order → packing → batch → this host's rows; stops and goes on exactly.
 
-    grain: per ingredient  range → shuffle → repeat  ⟶  mix  ⟶  plan rows  ⟶  batch  ⟶  load  ⟶  prefetch thread
+    grain: references of each ingredient ⟶  mix  ⟶  plan rows  ⟶  batch  ⟶  load  ⟶  prefetch thread
 
 What flows until `load` are *references*, `(ingredient, epoch, index)`: three numbers that name a document. So every
 process plans the whole global batch at little cost and loads only its own rows; the stream does not depend on the
@@ -9,7 +9,9 @@ number of processes, and the state is a handful of numbers, the same on every pr
 
 from __future__ import annotations
 
+import functools
 import json
+import weakref
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -30,6 +32,9 @@ Ref = tuple[int, int, int]
 
 _STATE_VERSION = 1
 
+_ORDER, _CUTS, _LENGTHS, _CONTENT = range(4)
+"""Last words of the seeds of random streams, so that no two streams of an ingredient are the same."""
+
 
 class _Text:
     """Pieces of a source's documents."""
@@ -37,12 +42,21 @@ class _Text:
     def __init__(self, config: DataConfig, place: int):
         self.store = tokenized(config.mixture[place].source, config.tokenizer)
         cut = Pieces if isinstance(config.packing, BestFit) else Windows
-        self.pieces = cut(self.store.targets, config.seq_len, (config.seed, place))
+        self.pieces = cut(self.store.targets, config.seq_len, (config.seed, place, _CUTS))
         self.fingerprint = self.store.fingerprint
-        self.mean_length = float(np.minimum(self.store.targets, self.pieces.counts * config.seq_len).sum()) / len(self)
+        places = np.minimum(self.store.targets, self.pieces.counts * config.seq_len)
+        self.mean_length = float(places.sum()) / len(self.pieces)
+        self._key = (config.seed, place, _ORDER)
+        self._order = functools.lru_cache(maxsize=2)(self._draw_order)
 
-    def __len__(self) -> int:
-        return len(self.pieces)
+    def draw(self, count: int) -> tuple[int, int]:
+        """`(epoch, index)` of the piece that comes after `count` others: each epoch has an order of its own."""
+        epoch, place = divmod(count, len(self.pieces))
+        return epoch, int(self._order(epoch)[place])
+
+    def _draw_order(self, epoch: int) -> np.ndarray:
+        # not grain's shuffle: a look-up in it takes milliseconds when there are only a few pieces
+        return np.random.default_rng([*self._key, epoch]).permutation(len(self.pieces))
 
     def length(self, epoch: int, index: int) -> int:
         return self.pieces.span(epoch, index)[2]
@@ -67,26 +81,23 @@ class _Samples:
         self.fingerprint = tokenized(haystack.source, config.tokenizer).fingerprint if reads else ""
         self.mean_length = (self.low + self.high) / 2 - 1
 
-    def __len__(self) -> int:
-        return 1 << 40  # samples never repeat: no run draws this many
+    def draw(self, count: int) -> tuple[int, int]:
+        """`(0, index)`: samples never repeat."""
+        return 0, count
 
     def length(self, epoch: int, index: int) -> int:
         if self.low == self.high:
             return self.low - 1
-        return int(np.random.default_rng([*self.key, 0, index]).integers(self.low, self.high + 1)) - 1
+        return int(np.random.default_rng([*self.key, _LENGTHS, index]).integers(self.low, self.high + 1)) - 1
 
     def load(self, epoch: int, index: int) -> Document:
-        rng = np.random.default_rng([*self.key, 1, index])
+        rng = np.random.default_rng([*self.key, _CONTENT, index])
         return self.task.sample(rng, self.length(epoch, index) + 1, self.tokenizer).document
 
 
-def _references(place: int, documents: _Text | _Samples, seed: int) -> grain.MapDataset:
-    """Endless references of one ingredient; text is reshuffled in every epoch."""
-    if isinstance(documents, _Samples):
-        return grain.MapDataset.range(1).repeat().map_with_index(lambda index, _: (place, 0, index))
-    count = len(documents)
-    order = grain.MapDataset.range(count).shuffle(seed=(seed * 1_000_003 + place * 7_919 + 1) % (1 << 32))
-    return order.repeat().map_with_index(lambda index, piece: (place, index // count, piece))
+def _references(place: int, documents: _Text | _Samples) -> grain.MapDataset:
+    """Endless references of one ingredient."""
+    return grain.MapDataset.range(1).repeat().map_with_index(lambda index, _: (place, *documents.draw(index)))
 
 
 class _BestFitRows(grain.IterDataset):
@@ -129,6 +140,48 @@ class _BestFitIterator(grain.DatasetIterator):
         self._planner.restore(state["open"], self._length)
 
 
+class _Stream:
+    """Documents of a config and the grain pipeline over them; what its iterators hold is not here."""
+
+    def __init__(self, config: DataConfig, rows: slice):
+        self.config, self.rows = config, rows
+        kinds = [_Samples if ingredient.is_task else _Text for ingredient in config.mixture]
+        self.documents = [kind(config, place) for place, kind in enumerate(kinds)]
+        self.content = {
+            "config": _stream_config(to_dict(config)),
+            "data": [documents.fingerprint for documents in self.documents],
+            "tokenizer": config.tokenizer.fingerprint,
+        }
+
+    def dataset(self) -> grain.IterDataset:
+        config = self.config
+        parts = [_references(place, documents) for place, documents in enumerate(self.documents)]
+        references = parts[0]
+        if len(parts) > 1:
+            # grain mixes by documents; weights are shares of predicted tokens
+            shares = [i.weight / d.mean_length for i, d in zip(config.mixture, self.documents)]
+            references = grain.MapDataset.mix(parts, shares)
+        if isinstance(config.packing, BestFit):
+            rows = _BestFitRows(references, config.seq_len, config.packing, self.length)
+        else:
+            alone = references.map(lambda ref: [(0, ref)])
+            rows = alone.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
+        batches = rows.batch(config.batch_size, drop_remainder=True, batch_fn=list).map(self.load)
+        if config.prefetch:
+            batches = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=config.prefetch)
+        return batches
+
+    def length(self, ref: Ref) -> int:
+        return self.documents[ref[0]].length(*ref[1:])
+
+    def load(self, rows: Sequence[Sequence[tuple[int, Ref]]]) -> Batch:
+        placed: list[list[Placed]] = [
+            [(start, self.documents[ref[0]].load(*ref[1:])) for start, ref in row] for row in rows[self.rows]
+        ]
+        config = self.config
+        return pack_rows(placed, config.seq_len, config.tokenizer.pad_id, config.packing.document_multiple)
+
+
 class BatchIterator(Iterator[Batch]):
     """Endless batches of numpy arrays; make it with `make_iterator`.
 
@@ -138,41 +191,18 @@ class BatchIterator(Iterator[Batch]):
 
     def __init__(self, config: DataConfig, process_index: int, process_count: int):
         self.config = config
-        kinds = [_Samples if ingredient.is_task else _Text for ingredient in config.mixture]
-        self._documents = [kind(config, place) for place, kind in enumerate(kinds)]
         local = config.batch_size // process_count
-        self._local = slice(process_index * local, (process_index + 1) * local)
-        self._content = {"config": _stream_config(to_dict(config)), "data": [d.fingerprint for d in self._documents]}
-        self._content["tokenizer"] = config.tokenizer.fingerprint
-        self._iterator = iter(self._dataset())
+        stream = _Stream(config, slice(process_index * local, (process_index + 1) * local))
+        self._content, self._running = stream.content, [iter(stream.dataset())]
+        # runs at interpreter exit too: a prefetch thread still alive then aborts the process, and an iterator of grain
+        # that outlives grain's modules complains, so the only reference to it is dropped here
+        self._finalizer = weakref.finalize(self, _shut, self._running)
 
-    def _dataset(self) -> grain.IterDataset:
-        config = self.config
-        parts = [_references(place, d, config.seed) for place, d in enumerate(self._documents)]
-        references = parts[0]
-        if len(parts) > 1:
-            # grain mixes by documents; weights are shares of predicted tokens
-            shares = [i.weight / d.mean_length for i, d in zip(config.mixture, self._documents)]
-            references = grain.MapDataset.mix(parts, shares)
-        if isinstance(config.packing, BestFit):
-            rows = _BestFitRows(references, config.seq_len, config.packing, self._length)
-        else:
-            alone = references.map(lambda ref: [(0, ref)])
-            rows = alone.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
-        batches = rows.batch(config.batch_size, drop_remainder=True, batch_fn=list).map(self._load)
-        if config.prefetch:
-            batches = grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=config.prefetch)
-        return batches
-
-    def _length(self, ref: Ref) -> int:
-        return self._documents[ref[0]].length(*ref[1:])
-
-    def _load(self, rows: Sequence[Sequence[tuple[int, Ref]]]) -> Batch:
-        placed: list[list[Placed]] = [
-            [(start, self._documents[ref[0]].load(*ref[1:])) for start, ref in row] for row in rows[self._local]
-        ]
-        config = self.config
-        return pack_rows(placed, config.seq_len, config.tokenizer.pad_id, config.packing.document_multiple)
+    @property
+    def _iterator(self) -> grain.DatasetIterator:
+        if not self._running:
+            raise ValueError("this batch iterator is closed; make a new one")
+        return self._running[0]
 
     def __next__(self) -> Batch:
         return next(self._iterator)
@@ -199,7 +229,12 @@ class BatchIterator(Iterator[Batch]):
 
     def close(self) -> None:
         """Stop the background thread."""
-        self._iterator.close()
+        self._finalizer()
+
+
+def _shut(running: list[grain.DatasetIterator]) -> None:
+    while running:
+        running.pop().close()
 
 
 def _stream_config(value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import lzma
 import zlib
 from collections.abc import Iterator, Mapping
@@ -44,12 +45,39 @@ def open_bytes(path: Path) -> BinaryIO:
                     import zstandard
                 except ImportError:
                     raise SourceError(path, None, "needs the library `zstandard`; install irope-jax[text]") from None
-                decompressor = zstandard.ZstdDecompressor()  # several frames in one file are legal: read them all
-                return decompressor.stream_reader(path.open("rb"), read_across_frames=True)
+                return _ZstdFrames(path.open("rb"), zstandard.ZstdDecompressor())
             case _:
                 return path.open("rb")
     except OSError as error:
         raise SourceError(path, None, f"cannot open ({error.strerror or error})") from None
+
+
+class _ZstdFrames(io.RawIOBase):
+    """All frames of a zstandard file. The library's own stream reader ends a truncated file without an error."""
+
+    def __init__(self, file: BinaryIO, decompressor):
+        self._file, self._decompressor = file, decompressor
+        self._frame, self._ahead = None, b""
+
+    def read(self, size: int = -1) -> bytes:
+        """Some decompressed bytes, about as many as asked for or more; empty at the end."""
+        while True:
+            data = self._ahead or self._file.read(1 << 16)
+            self._ahead = b""
+            if not data:
+                if self._frame is not None:
+                    raise EOFError("the last frame is not complete")
+                return b""
+            self._frame = self._frame or self._decompressor.decompressobj()
+            out = self._frame.decompress(data)
+            if self._frame.eof:
+                self._ahead, self._frame = self._frame.unused_data, None
+            if out:
+                return out
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
 
 
 def read_lines(path: Path, *, skip_damaged: bool = False) -> Iterator[tuple[int, str]]:

@@ -264,7 +264,7 @@ class TokenizerFile(_Extras):
         names = {self._special_ids[name]: f"<{name}>" for name in ("bos", "eos", "pad")}
         return _decode_runs(
             ids,
-            lambda token: 0 <= token < self.text_vocab_size,
+            lambda token: 0 <= token < self.text_vocab_size and token not in names,
             lambda run: self._loaded.decode(run, skip_special_tokens=False),
             lambda token: names.get(token) or self._extra_name(token),
         )
