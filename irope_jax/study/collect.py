@@ -10,6 +10,8 @@ What evaluations are expected to record (`core.records.RunWriter.measure`):
     retrieval   accuracy         fraction right, count = queries    where length, depth, straddle
     retrieval   answer_nll       nats per token of the answer       where length, depth, straddle
     retrieval   chance           accuracy of guessing (optional)    where anything
+
+An evaluation may have another name if the config says its kind: `config["evals"] = [{"kind": ..., "name": ...}]`.
 """
 
 from __future__ import annotations
@@ -60,14 +62,26 @@ class Arm:
         """The latest value of a detail in the run's events, e.g. `parameters`; `None` if never recorded."""
         return next((e.details[detail] for e in reversed(self.run.events) if detail in e.details), None)
 
-    def measured_at(self, evaluation: str) -> int | None:
-        """The last step at which an evaluation was recorded; `None` if never."""
-        return max((m.step for m in self.run.evals if m.evaluation == evaluation), default=None)
+    def evaluations(self, kind: str) -> list[str]:
+        """Names of the recorded evaluations of a kind; first the one that speaks for the run.
 
-    def measurements(self, evaluation: str, name: str) -> list[Measurement]:
-        """The measurements of the last step at which `evaluation` was recorded: those that speak for the run."""
-        step = self.measured_at(evaluation)
-        return [m for m in self.run.evals if (m.step, m.evaluation, m.name) == (step, evaluation, name)]
+        That is the one called like its kind, else the first that the config names.
+        """
+        specs = lookup(self.run.config, "evals") or ()
+        named = [spec.get("name") for spec in specs if isinstance(spec, dict) and spec.get("kind") == kind]
+        recorded = {m.evaluation for m in self.run.evals}
+        return [name for name in dict.fromkeys([kind, *named]) if name in recorded]
+
+    def measured_at(self, kind: str) -> int | None:
+        """The last step at which the evaluation of a kind was recorded; `None` if never."""
+        names = self.evaluations(kind)
+        return max((m.step for m in self.run.evals if m.evaluation == names[0]), default=None) if names else None
+
+    def measurements(self, kind: str, name: str) -> list[Measurement]:
+        """What the evaluation of a kind found at the last step at which it was recorded: what speaks for the run."""
+        step = self.measured_at(kind)
+        wanted = (step, self.evaluations(kind)[0], name) if step is not None else None
+        return [m for m in self.run.evals if (m.step, m.evaluation, m.name) == wanted]
 
 
 @dataclass(frozen=True)
@@ -212,12 +226,14 @@ def missing(arms: Iterable[Arm]) -> list[str]:
             notes.append(f"{arm.label}: not finished, stopped at step {step:,} of {planned:,}.")
         if not arm.training_length:
             notes.append(f"{arm.label}: its config does not say the training length (data.seq_len).")
-        for evaluation in ("perplexity", "retrieval"):
-            at = arm.measured_at(evaluation)
+        for kind in ("perplexity", "retrieval"):
+            at = arm.measured_at(kind)
             if at is None:
-                notes.append(f"{arm.label}: {evaluation} was not measured.")
+                notes.append(f"{arm.label}: {kind} was not measured.")
             elif at < step:
-                notes.append(f"{arm.label}: {evaluation} was last measured at step {at:,}, training is at {step:,}.")
+                notes.append(f"{arm.label}: {kind} was last measured at step {at:,}, training is at {step:,}.")
+            for name in arm.evaluations(kind)[1:]:
+                notes.append(f"{arm.label}: the evaluation {name!r} was measured too; it is not on this page.")
     lengths = {arm.label: arm.training_length for arm in arms if arm.training_length}
     if len(set(lengths.values())) > 1:
         listed = ", ".join(f"{label} {length:,}" for label, length in lengths.items())

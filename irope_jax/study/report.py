@@ -120,7 +120,7 @@ def _retrieval(arms: Sequence[Arm], out: Path) -> str:
     asked = {arm.label: [cell.count for cell in retrieval(arm)] for arm in arms}
     counts = [f"{label} {min(n):,}" + (f" to {max(n):,}" if max(n) > min(n) else "") for label, n in asked.items() if n]
     intro = (
-        "A fact is placed somewhere in the context and asked for at its end. Columns are context lengths, in multiples "
+        "Facts are placed over the whole context and asked for at its end. Columns are context lengths, in multiples "
         "of the training length; in brackets the 95 % Wilson interval. Queries per context length: "
         + ", ".join(counts)
         + "."

@@ -17,6 +17,7 @@ from irope_jax.study.collect import (
     Facts,
     by_length,
     in_multiples,
+    lookup,
     nll_by_length,
     nll_by_position,
     retrieval,
@@ -101,10 +102,12 @@ def runs_table(arms: Sequence[Arm]) -> Table:
     for arm in arms:
         parameters = arm.recorded("parameters")
         done, planned = arm.run.last_step, arm.planned_steps
+        origin = lookup(arm.run.config, "train", "init_from")
+        how = [arm.run.config.get("description"), f"Started from the parameters of `{origin}`." if origin else None]
         rows.append(
             (
                 arm.label,
-                str(arm.run.config.get("description") or ABSENT),
+                " ".join(filter(None, how)) or ABSENT,
                 f"{parameters:,}" if parameters is not None else ABSENT,
                 f"{arm.training_length:,}" if arm.training_length else ABSENT,
                 f"{done:,}" if planned in (None, done) else f"{done:,} of {planned:,}",

@@ -150,7 +150,7 @@ def test_every_field_is_built():
         ({"model": {"weights": {"a": "b"}}}, "config.model.weights.a='b': expected float, got str"),
         ({"model": {"layers": [{}, {"widht": 1}]}}, "config.model.layers.1.widht=1: Layer has no such field; did"),
         ({"model": {"layers": [{"mask": {"size": 4}}]}}, "layers.0.mask.kind: required; choose one of: global, "),
-        ({"model": {"layers": [{"mask": {"kind": "chunk"}}]}}, "mask.kind='chunk': unknown kind; did you mean 'chunked'"),
+        ({"model": {"layers": [{"mask": {"kind": "chunk"}}]}}, "mask.kind='chunk': unknown kind; did you mean 'chun"),
         ({"model": {"layers": [{"mask": {"kind": ["x"]}}]}}, "mask.kind=['x']: unknown kind; choose one of"),
         ({"model": {"layers": [{"mask": "global"}]}}, "mask='global': expected a dictionary with a kind, one of: glob"),
         ({"model": {"layers": [{"mask": {"kind": "global", "size": 4}}]}}, "mask.size=4: Global has no such field; th"),

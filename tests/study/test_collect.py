@@ -75,6 +75,22 @@ def test_only_the_last_measurement_of_an_evaluation_speaks(tmp_path):
     assert (arm.measured_at("retrieval"), arm.measured_at("perplexity"), arm.measured_at("other")) == (10, 5, None)
 
 
+def test_an_evaluation_of_another_name_is_found_by_its_kind(tmp_path):
+    specs = [{"kind": "retrieval", "name": "far"}, {"kind": "retrieval", "name": "near"}, {"kind": "x", "name": "y"}]
+    with RunWriter(tmp_path, {"data": {"seq_len": 8}, "evals": specs}, "a", tensorboard=False) as w:
+        w.measure(1, "near", "accuracy", 0.9, 10, {"length": 8})
+        w.measure(1, "far", "accuracy", 0.2, 10, {"length": 8})
+        w.measure(1, "y", "accuracy", 0.0, 10, {"length": 8})
+    (arm,) = load_arms([tmp_path])
+    assert arm.evaluations("retrieval") == ["far", "near"] and arm.measured_at("retrieval") == 1
+    assert [c.value for c in collect.retrieval(arm)] == [0.2]
+    assert any("the evaluation 'near' was measured too" in note for note in collect.missing([arm]))
+    with RunWriter(tmp_path, {"data": {"seq_len": 8}, "evals": specs}, "a", tensorboard=False) as w:
+        w.measure(1, "retrieval", "accuracy", 0.5, 10, {"length": 8})
+    (arm,) = load_arms([tmp_path])
+    assert [c.value for c in collect.retrieval(arm)] == [0.5]
+
+
 def test_loss_by_position_is_that_of_the_longest_context(tmp_path):
     (arm,) = load_arms([make_run(tmp_path, "a", lengths=(128, 512))])
     cells = collect.nll_by_position(arm)

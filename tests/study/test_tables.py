@@ -80,6 +80,11 @@ def test_training_and_runs_tables_of_a_run_without_records(tmp_path):
     assert tables.nll_by_position_table(arms) is None and tables.nll_by_length_table(arms) is None
 
 
+def test_the_runs_table_says_where_a_run_started_from(tmp_path):
+    arms = load_arms([small(tmp_path, "a", [], description="Fine-tuned.", train={"steps": 1, "init_from": "runs/b"})])
+    assert tables.runs_table(arms).rows[0][1] == "Fine-tuned. Started from the parameters of `runs/b`."
+
+
 def test_differences_name_the_fields_in_which_runs_differ(tmp_path):
     layers = [{"mask": "chunked"}, {"mask": "global"}]
     a = small(tmp_path, "a", [], model={"layers": layers, "width": 8, "dims": [1, 2]}, description="x")
