@@ -181,13 +181,13 @@ def _draw_retrieval(axis, arms: Sequence[Arm], facts: Facts = "all") -> None:
     axis.set_xscale("log", base=2)
     _ticks(axis, sorted(ticks), times if relative else _tokens)
     if relative and min(ticks) < 1:
-        _mark_training(axis, 1.0)
+        _mark_training(axis, 1.0, height=0.3)  # accuracy is high there
     axis.set_ylim(-0.03, 1.05)
     axis.set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "0.25", "0.5", "0.75", "1"])
     axis.set_xlabel("context length" + (", × training length" if relative else ", tokens"))
     axis.set_ylabel("retrieval accuracy")
-    about = {"all": "", "inside": ", facts inside one chunk", "straddling": ", facts across a chunk border"}
-    axis.set_title("Retrieval by context length" + about[facts])
+    about = {"all": "by context length", "inside": "inside one chunk", "straddling": "across a chunk border"}
+    axis.set_title(f"Retrieval {about[facts]}")
 
 
 def _draw_nll_by_position(axis, arms: Sequence[Arm], as_perplexity: bool = False) -> None:
@@ -229,10 +229,12 @@ def _draw_nll_by_position(axis, arms: Sequence[Arm], as_perplexity: bool = False
     axis.set_title("Perplexity by position" if as_perplexity else "Loss by position")
 
 
-def _mark_training(axis, place: float, text: str = "training\nlength", colour: str = GREY) -> None:
+def _mark_training(
+    axis, place: float, text: str = "training\nlength", colour: str = GREY, height: float = 0.985
+) -> None:
     axis.axvline(place, color=colour, linewidth=1.2, linestyle=":", zorder=1)
     axis.annotate(
-        text, (place, 0.985), (4, 0), xycoords=("data", "axes fraction"), textcoords="offset points",
+        text, (place, height), (4, 0), xycoords=("data", "axes fraction"), textcoords="offset points",
         va="top", ha="left", color=colour, fontsize=8.5, linespacing=0.95, zorder=1,
         bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 1},
     )  # fmt: skip
