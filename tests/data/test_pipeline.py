@@ -236,7 +236,10 @@ def test_close_ends_the_thread():
     next(iterator)
     assert threading.active_count() > before
     iterator.close()
+    iterator.close()
     assert threading.active_count() == before
+    with pytest.raises(ValueError, match="closed"):
+        next(iterator)
 
 
 def test_eval_windows_are_the_text_in_order():
@@ -278,10 +281,9 @@ def test_a_program_may_end_without_closing():
         "from irope_jax.data.config import DataConfig; from irope_jax.data.pipeline import make_iterator;"
         "iterator = make_iterator(DataConfig(seq_len=64, batch_size=1)); next(iterator); print('done')"
     )
-    ended = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, cwd=Path(__file__).parents[2]
-    )
-    assert (ended.returncode, ended.stdout) == (0, "done\n"), ended.stderr
+    root = Path(__file__).parents[2]
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=root)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "done\n", "")
 
 
 def test_a_forgotten_iterator_ends_its_thread():

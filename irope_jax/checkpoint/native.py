@@ -1,0 +1,158 @@
+"""Orbax checkpoints of a run: training state, place in the data, and what they belong to.
+
+A checkpoint is a directory `STEP/` with three items: `state` (arrays, sharded, readable into another mesh), `data` (JSON,
+the iterator's place) and `meta` (JSON: config and fingerprint). Orbax writes to a temporary name and renames, so a
+checkpoint that is there is whole. Arrays are stored by tensorstore; nothing in a checkpoint is ever executed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from irope_jax.core.config import ConfigError
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    """When to save and what to keep.
+
+    Attributes:
+      every: steps between checkpoints; the last step is always saved.
+      keep: how many of the newest stay.
+      keep_every: multiples of this step number stay for good; None keeps none beyond `keep`.
+    """
+
+    every: int = 100
+    keep: int = 2
+    keep_every: int | None = None
+
+    def __post_init__(self):
+        for name in ("every", "keep", "keep_every"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(name, value, "must be at least 1")
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that is missing or cannot be read; the message names the directory and what to do."""
+
+
+class Checkpoints:
+    """The checkpoints of one run directory. Saving is asynchronous; use as a context manager so that it is waited for."""
+
+    def __init__(self, run_directory: str | Path, config: CheckpointConfig | None = None, *, create: bool = False):
+        self.directory = Path(run_directory).absolute() / "checkpoints"
+        if not create and not self.directory.is_dir():
+            raise CheckpointError(f"{self.directory}: no checkpoints here; train first, or name another run directory")
+        config = config or CheckpointConfig()
+        self._manager = ocp.CheckpointManager(
+            self.directory,
+            item_names=("state", "data", "meta"),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=config.keep,
+                keep_period=config.keep_every,
+                create=create,
+                cleanup_tmp_directories=create,
+                enable_async_checkpointing=True,
+            ),
+        )
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Wait for what is being written, then release the directory."""
+        self._manager.wait_until_finished()
+        self._manager.close()
+
+    def wait(self) -> None:
+        self._manager.wait_until_finished()
+
+    @property
+    def latest(self) -> int | None:
+        """Newest whole checkpoint, by step; None before the first."""
+        return self._manager.latest_step()
+
+    def save(self, step: int, state: Any, data: Any, meta: Mapping[str, Any]) -> None:
+        """Start saving; arrays are copied off the device before this returns, so they may be donated afterwards."""
+        if step == self.latest:
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data), meta=ocp.args.JsonSave(dict(meta))
+            ),
+            force=True,
+        )
+
+    def restore(self, abstract: Any, shardings: Any, step: int | None = None) -> tuple[Any, Any, dict[str, Any]]:
+        """`(state, data, meta)` of a step (the newest by default), each array laid out by `shardings`.
+
+        Args:
+          abstract: shapes and types expected, the same tree as was saved.
+          shardings: the same tree of shardings; the mesh may differ from the one that saved.
+
+        Raises:
+          CheckpointError: nothing there, damaged, or of another shape.
+        """
+        target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
+        args = {"state": ocp.args.StandardRestore(target), "data": ocp.args.JsonRestore(), "meta": ocp.args.JsonRestore()}
+        restored = self._restore(step, args)
+        return restored["state"], restored["data"], restored["meta"]
+
+    def restore_params(self, abstract: Any, shardings: Any, step: int | None = None) -> Any:
+        """Only the parameters, from a state whose other leaves are not read.
+
+        Raises:
+          CheckpointError: as `restore`.
+        """
+        target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
+        step = self._step(step)
+        try:
+            with ocp.PyTreeCheckpointer() as reader:
+                restored = reader.restore(
+                    self.directory / str(step) / "state",
+                    args=ocp.args.PyTreeRestore(
+                        item={"params": target},
+                        restore_args=ocp.checkpoint_utils.construct_restore_args({"params": target}),
+                        partial_restore=True,
+                    ),
+                )
+        except Exception as error:
+            raise self._unreadable(step, error) from error
+        return restored["params"]
+
+    def meta(self, step: int | None = None) -> dict[str, Any]:
+        """What a checkpoint says of itself."""
+        return self._restore(step, {"meta": ocp.args.JsonRestore()})["meta"]
+
+    def _step(self, step: int | None) -> int:
+        there = self._manager.all_steps()
+        if not there:
+            raise CheckpointError(f"{self.directory}: no whole checkpoint; train first, or name another run directory")
+        if step is not None and step not in there:
+            raise CheckpointError(f"{self.directory}: no checkpoint of step {step}; there are {sorted(there)}")
+        return max(there) if step is None else step
+
+    def _restore(self, step: int | None, args: dict[str, Any]) -> Any:
+        step = self._step(step)
+        try:
+            return self._manager.restore(step, args=ocp.args.Composite(**args))
+        except Exception as error:  # orbax and tensorstore raise many kinds for damaged files
+            raise self._unreadable(step, error) from error
+
+    def _unreadable(self, step: int, error: Exception) -> CheckpointError:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        return CheckpointError(
+            f"{self.directory / str(step)}: cannot be read as this model ({reason[:200]}); "
+            "check that the config is the one it was trained with, or delete the directory to fall back to an older one"
+        )

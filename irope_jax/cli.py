@@ -1,0 +1,176 @@
+"""The `irope` command: verbs, flags, help, and errors as one line with an exit code.
+
+Exit codes: 0 done; 1 the run failed; 2 the command or the config is wrong; 128 + N stopped by signal N with everything saved.
+The work behind each verb is in `run.py`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from irope_jax import __version__
+from irope_jax.core.config import ConfigError
+
+DESCRIPTION = """\
+Train, extend, measure and compare long-context language models (iRoPE and its rivals) in JAX.
+
+A run is a config file; every value of it can be changed on the command line:
+
+  irope show   --config=configs/debug.py                      what would run: values, parameters, layers
+  irope train  --config=configs/debug.py                      train into runs/debug, or go on where it stopped
+  irope train  --config=configs/debug.py --config.model.num_layers=8 --run-dir=runs/deep
+  irope eval   runs/debug                                     evaluate its newest checkpoint
+  irope report runs/debug runs/deep                           tables and pictures of several runs on one page
+"""
+
+CONFIG_HELP = """\
+configs:
+  --config=FILE.py          a file with get_config() returning an ml_collections.ConfigDict
+  --config=FILE.py:ARG      the same, get_config("ARG")
+  --config=RUN/config.json  the resolved values of an earlier run
+  --config.a.b.c=VALUE      change one value; list entries by number, union members by kind:
+                              --config.train.optimizer.learning_rate=1e-3
+                              --config.model.pattern.3.mask.kind=sliding --config.model.pattern.3.mask.size=64
+  A .py config is a program: read one before running it. A config.json is only data.
+"""
+
+
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    def __init__(self, prog: str):
+        super().__init__(prog, max_help_position=30, width=110)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="irope", description=DESCRIPTION, formatter_class=_Formatter)
+    parser.add_argument("--version", action="version", version=f"irope {__version__}")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+
+    def verb(name: str, summary: str, text: str, epilog: str = "") -> argparse.ArgumentParser:
+        sub = verbs.add_parser(
+            name, help=summary, description=text, epilog=epilog, formatter_class=_Formatter, allow_abbrev=False
+        )
+        return sub
+
+    train = verb(
+        "train",
+        "train a config, or go on with it",
+        """\
+Train a model. The run directory holds everything: config.json, records.jsonl, tensorboard/, checkpoints/.
+
+examples:
+  irope train --config=configs/debug.py
+  irope train --config=configs/quickstart.py:irope --config.train.steps=100 --run-dir=runs/short
+
+Started again with the same command, it goes on from the newest checkpoint, bit-equal to a run that was never cut.
+SIGTERM and Ctrl-C save and leave (exit code 128 + signal); a second Ctrl-C leaves at once.
+""",
+        CONFIG_HELP,
+    )
+    train.add_argument("--config", required=True, metavar="FILE[:ARG]", help="config file, see below")
+    train.add_argument("--run-dir", metavar="DIR", help="run directory (default: runs/NAME of the config)")
+    train.add_argument(
+        "--on-config-change",
+        choices=("refuse", "accept"),
+        default="refuse",
+        help="when the run directory was begun with other values: refuse, listing them (default), or go on and record it",
+    )
+
+    evaluate = verb(
+        "eval",
+        "evaluate a checkpoint of a run",
+        """\
+Evaluate a checkpoint with the evaluations of its config; print a table and add the measurements to the run's records.
+
+examples:
+  irope eval runs/debug
+  irope eval runs/debug --step=200 --only=retrieval
+  irope eval runs/debug --config.evals.1.lengths='(256, 1024, 4096)'
+""",
+        "Values of the config are changed as in `irope train`: --config.a.b=VALUE. Changes are not written to config.json.",
+    )
+    evaluate.add_argument("run", metavar="RUN", help="run directory")
+    evaluate.add_argument("--step", type=int, metavar="N", help="checkpoint to read (default: the newest)")
+    evaluate.add_argument("--only", metavar="NAME", action="append", help="run only this evaluation; may be repeated")
+
+    report = verb(
+        "report",
+        "tables and pictures of runs",
+        """\
+Write a Markdown page with pictures: loss, perplexity by position, retrieval by length, heat maps; and print its table.
+
+examples:
+  irope report runs/debug
+  irope report runs/quickstart/irope runs/quickstart/rope --out=runs/quickstart/report
+""",
+    )
+    report.add_argument("runs", nargs="+", metavar="RUN", help="run directories")
+    report.add_argument("--out", metavar="DIR", help="where to write (default: report/ beside or inside the first run)")
+
+    show = verb(
+        "show",
+        "print what a config resolves to",
+        """\
+Print every value of a resolved config in the form that changes it, the layers as a drawing, and parameters by part.
+Nothing is trained and no data is read.
+
+examples:
+  irope show --config=configs/quickstart.py:irope
+  irope show --config=configs/debug.py --config.model.num_layers=8
+  irope show --config=runs/debug/config.json
+""",
+        CONFIG_HELP,
+    )
+    show.add_argument("--config", required=True, metavar="FILE[:ARG]", help="config file, see below")
+    return parser
+
+
+def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Take `--config.a.b=value` and `--config.a.b value` out of an argument list."""
+    rest, overrides, pending = [], [], None
+    for argument in arguments:
+        if pending is not None:
+            overrides.append((pending, argument))
+            pending = None
+        elif argument.startswith("--config."):
+            name, equals, value = argument.removeprefix("--config.").partition("=")
+            if equals:
+                overrides.append((name, value))
+            else:
+                pending = name
+        else:
+            rest.append(argument)
+    if pending is not None:
+        raise ConfigError(f"config.{pending}", ConfigError.ABSENT, f"give it a value: --config.{pending}=VALUE")
+    return rest, overrides
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb; returns the exit code."""
+    try:
+        rest, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
+        parsed = _parser().parse_args(rest)
+        if overrides and parsed.verb == "report":
+            raise ConfigError(f"config.{overrides[0][0]}", ConfigError.ABSENT, "irope report reads finished runs; it takes no config")
+        from irope_jax import run  # after parsing, so that --help does not wait for jax
+
+        return run.VERBS[parsed.verb](parsed, overrides)
+    except ConfigError as error:
+        print(f"irope: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("irope: interrupted; what was saved stays", file=sys.stderr)
+        return 130
+    except Exception as error:
+        from irope_jax.run import EXPECTED_ERRORS
+
+        if not isinstance(error, EXPECTED_ERRORS) or os.environ.get("IROPE_TRACEBACK"):
+            raise
+        print(f"irope: error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

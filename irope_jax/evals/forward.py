@@ -1,0 +1,56 @@
+"""Forward passes that evaluations share: losses of every token, or predictions at a few places. Nothing is scored here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from irope_jax.core.types import Batch
+from irope_jax.losses import token_losses
+from irope_jax.model.config import ModelConfig
+from irope_jax.model.decoder import hidden_states
+from irope_jax.sharding.rules import batch_sharding, token_parts
+
+
+def rows_per_batch(batch_tokens: int, length: int) -> int:
+    """Rows of `length` that make about `batch_tokens`, a multiple of what the mesh in force cuts a batch into."""
+    parts, _ = token_parts()
+    return max(1, batch_tokens // (length * parts)) * parts
+
+
+class Scorer:
+    """Jitted forward passes of one model; compiled once per shape, whatever the parameters."""
+
+    def __init__(self, model: ModelConfig):
+        def losses(params, batch: Batch):
+            hidden_BTD, w_DV = hidden_states(model, params, batch.tokens, batch.info)
+            return token_losses(hidden_BTD, w_DV, batch.targets, shards=token_parts())
+
+        def at_places(params, batch: Batch, places_BQ, wanted_BQ):
+            hidden_BTD, w_DV = hidden_states(model, params, batch.tokens, batch.info)
+            hidden_BQD = jnp.take_along_axis(hidden_BTD, places_BQ[..., None], axis=1)
+            logits_BQV = jnp.einsum("BQD,DV->BQV", hidden_BQD, w_DV, preferred_element_type=jnp.float32)
+            nll_BQ = -jnp.take_along_axis(jax.nn.log_softmax(logits_BQV), wanted_BQ[..., None], axis=-1)[..., 0]
+            return logits_BQV.argmax(-1), nll_BQ
+
+        self._losses, self._at_places = jax.jit(losses), jax.jit(at_places)
+
+    def token_losses(self, params: Any, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+        """`(nll_BT, correct_BT)` of every target, in nats."""
+        nll_BT, correct_BT = self._losses(params, _on_mesh(batch))
+        return np.asarray(nll_BT), np.asarray(correct_BT)
+
+    def predictions(self, params: Any, batch: Batch, places_BQ: np.ndarray, wanted_BQ: np.ndarray):
+        """Most likely next token at `places_BQ`, and the loss in nats of `wanted_BQ` there."""
+        best_BQ, nll_BQ = self._at_places(params, _on_mesh(batch), places_BQ, wanted_BQ)
+        return np.asarray(best_BQ), np.asarray(nll_BQ)
+
+
+def _on_mesh(batch: Batch) -> Batch:
+    mesh = jax.sharding.get_mesh()
+    if mesh.empty or mesh.size == 1:
+        return batch
+    return jax.tree.map(lambda x: jax.device_put(np.asarray(x), batch_sharding(mesh)), batch)

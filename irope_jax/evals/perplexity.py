@@ -1,0 +1,89 @@
+"""How well text is predicted, by context length and by position: the honest curve of an extrapolating model.
+
+Windows do not overlap and each starts a document, so a token at position p has exactly p tokens of context. A model that
+uses its context has a curve that does not rise. Perplexity is no evidence of retrieval: read it beside `retrieval`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from irope_jax.core.config import ConfigError
+from irope_jax.data.pipeline import eval_text
+from irope_jax.data.sources import Corpus, SourceSpec
+from irope_jax.data.tokenizer import TokenizerSpec
+from irope_jax.evals.evaluator import Measurement
+from irope_jax.evals.forward import Scorer, rows_per_batch
+from irope_jax.model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Perplexity:
+    """Mean negative log-likelihood in nats per token (perplexity is its exponential).
+
+    Measures `nll_by_length` (`where`: `length`) and `nll_by_position` (`length`, and positions `from` … `to - 1` in
+    buckets that double) at each length.
+
+    Attributes:
+      name: label in the records.
+      source: the text; held out from training.
+      lengths: window lengths in tokens.
+      tokens: how many tokens to score at each length, at least one window.
+      batch_tokens: tokens of one forward pass.
+    """
+
+    kind: ClassVar[str] = "perplexity"
+    name: str = "perplexity"
+    source: SourceSpec = Corpus("validation")
+    lengths: tuple[int, ...] = (1024,)
+    tokens: int = 65_536
+    batch_tokens: int = 16_384
+
+    def __post_init__(self):
+        check_lengths(self.lengths)
+        for field in ("tokens", "batch_tokens"):
+            if getattr(self, field) < 1:
+                raise ConfigError(field, getattr(self, field), "must be at least 1")
+
+    def build(self, model: ModelConfig, tokenizer: TokenizerSpec) -> PerplexityEvaluator:
+        return PerplexityEvaluator(self, model, tokenizer)
+
+
+def check_lengths(lengths: tuple[int, ...]) -> None:
+    if not lengths or min(lengths) < 2:
+        raise ConfigError("lengths", lengths, "give at least one length, each of 2 tokens or more")
+
+
+def position_buckets(length: int) -> list[tuple[int, int]]:
+    """`[0, 1), [1, 2), [2, 4), [4, 8) …` cut off at `length`."""
+    edges = [0, *(2**k for k in range(length.bit_length()) if 2**k < length), length]
+    return list(zip(edges[:-1], edges[1:]))
+
+
+class PerplexityEvaluator:
+    """`Perplexity` built for one model and tokenizer."""
+
+    def __init__(self, spec: Perplexity, model: ModelConfig, tokenizer: TokenizerSpec):
+        self.spec, self.name, self._tokenizer = spec, spec.name, tokenizer
+        self._scorer = Scorer(model)
+
+    def run(self, params: Any) -> Iterator[Measurement]:
+        for length in self.spec.lengths:
+            windows = max(1, self.spec.tokens // length)
+            rows = rows_per_batch(self.spec.batch_tokens, length)
+            total_T, count_T = np.zeros(length), np.zeros(length, np.int64)
+            for batch in eval_text(self.spec.source, self._tokenizer, length, windows, batch_size=rows):
+                nll_BT, _ = self._scorer.token_losses(params, batch)
+                real_BT = np.asarray(batch.weights) > 0
+                total_T += np.where(real_BT, nll_BT, 0.0).sum(axis=0, dtype=np.float64)
+                count_T += real_BT.sum(axis=0)
+            count = int(count_T.sum())
+            yield Measurement("nll_by_length", float(total_T.sum() / count), count, {"length": length})
+            for low, high in position_buckets(length):
+                here = int(count_T[low:high].sum())
+                value = float(total_T[low:high].sum() / here)
+                yield Measurement("nll_by_position", value, here, {"length": length, "from": low, "to": high})

@@ -1,0 +1,130 @@
+"""Can the model still find a fact, by context length and by how deep the fact lies?
+
+Samples come from `data.synthetic`, so that training and evaluation speak of the same task. A fact whose tokens lie on both
+sides of a chunk border cannot be put together by the layers that stop there; such facts are reported apart.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+
+from irope_jax.attention.mask import Chunked
+from irope_jax.core.config import ConfigError
+from irope_jax.core.hosts import is_main_process
+from irope_jax.core.progress import ProgressBar
+from irope_jax.data.documents import Document
+from irope_jax.data.packing import batch_of
+from irope_jax.data.synthetic import Needle
+from irope_jax.data.tokenizer import TokenizerSpec
+from irope_jax.evals.evaluator import Measurement
+from irope_jax.evals.forward import Scorer, rows_per_batch
+from irope_jax.evals.perplexity import check_lengths
+from irope_jax.model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Retrieval:
+    """Facts in a haystack, all asked for at the end.
+
+    Measures, per length, depth of the fact and whether it straddles a chunk border: `accuracy` (the whole value is the
+    most likely continuation, token by token) and `answer_nll` (nats per answer token).
+
+    Attributes:
+      name: label in the records.
+      task: what the samples are; its `queries` is taken as `end`.
+      lengths: context lengths in tokens.
+      queries: how many questions to ask at each length, at least one sample's.
+      facts: facts in a context, all of them asked for, spread evenly over the depths.
+      depth_bins: depths are reported in this many equal bins.
+      seed: of the samples.
+      batch_tokens: tokens of one forward pass.
+    """
+
+    kind: ClassVar[str] = "retrieval"
+    name: str = "retrieval"
+    task: Needle = Needle()
+    lengths: tuple[int, ...] = (1024,)
+    queries: int = 256
+    facts: int = 8
+    depth_bins: int = 8
+    seed: int = 1
+    batch_tokens: int = 16_384
+
+    def __post_init__(self):
+        check_lengths(self.lengths)
+        for field in ("queries", "facts", "depth_bins", "batch_tokens"):
+            if getattr(self, field) < 1:
+                raise ConfigError(field, getattr(self, field), "must be at least 1")
+
+    def build(self, model: ModelConfig, tokenizer: TokenizerSpec) -> RetrievalEvaluator:
+        return RetrievalEvaluator(self, model, tokenizer)
+
+
+class RetrievalEvaluator:
+    """`Retrieval` built for one model and tokenizer."""
+
+    def __init__(self, spec: Retrieval, model: ModelConfig, tokenizer: TokenizerSpec):
+        self.spec, self.name, self._tokenizer = spec, spec.name, tokenizer
+        self._chunks = {layer.mask for layer in model.layers if isinstance(layer.mask, Chunked)}
+        self._scorer = Scorer(model)
+
+    def run(self, params: Any) -> Iterator[Measurement]:
+        samples = {length: -(-self.spec.queries // self.spec.facts) for length in self.spec.lengths}
+        with ProgressBar(self.name, sum(samples.values()), quiet=not is_main_process()) as bar:
+            for length, count in samples.items():
+                yield from self._at_length(params, length, count, bar)
+
+    def _at_length(self, params: Any, length: int, count: int, bar: ProgressBar) -> Iterator[Measurement]:
+        spec = self.spec
+        rng = np.random.default_rng([spec.seed, length])
+        right, nll = defaultdict(list), defaultdict(list)
+        rows = rows_per_batch(spec.batch_tokens, length)
+        for first in range(0, count, rows):
+            group = [self._sample(rng, length) for _ in range(min(rows, count - first))]
+            # The last token is only a target, so a context of `length` inputs is a sample of length + 1 tokens.
+            batch = batch_of([Document(s.tokens, s.weights) for s in group], length, self._tokenizer.pad_id, rows=rows)
+            starts = [s.meta["answer_start"] for s in group]
+            width = spec.task.value_tokens
+            places = np.stack([(a[:, None] + np.arange(width)).ravel() - 1 for a in starts])
+            places = np.pad(places, ((0, rows - len(group)), (0, 0)))
+            wanted = np.take_along_axis(np.asarray(batch.targets), places, axis=1)
+            best_BQ, nll_BQ = self._scorer.predictions(params, batch, places, wanted)
+            for row, sample in enumerate(group):
+                hit = (best_BQ[row] == wanted[row]).reshape(-1, width).all(axis=1)
+                loss = nll_BQ[row].reshape(-1, width).mean(axis=1)
+                for q in range(len(hit)):
+                    cell = (self._depth_bin(sample.meta["depth"][q]), self._straddles(sample.meta, q))
+                    right[cell].append(bool(hit[q]))
+                    nll[cell].append(float(loss[q]))
+            bar.advance(len(group), length=f"{length:,}", accuracy=f"{np.mean(np.concatenate(list(right.values()))):.3f}")
+        for cell in sorted(right):
+            where = {"length": length, "depth": cell[0], "straddle": cell[1]}
+            yield Measurement("accuracy", float(np.mean(right[cell])), len(right[cell]), where)
+            yield Measurement("answer_nll", float(np.mean(nll[cell])), len(nll[cell]), where)
+
+    def _sample(self, rng: np.random.Generator, length: int):
+        """One context whose facts are spread over all depths, each in its own part, at random within it."""
+        facts = self.spec.facts
+        depths = tuple((np.arange(facts) + rng.random(facts)) / facts)
+        return self.spec.task.sample(
+            rng,
+            length + 1,
+            self._tokenizer,
+            queries="end",
+            num_facts=(facts, facts),
+            num_queries=(facts, facts),
+            depths=depths,
+        )
+
+    def _depth_bin(self, depth: float) -> float:
+        bins = self.spec.depth_bins
+        return (min(int(depth * bins), bins - 1) + 0.5) / bins
+
+    def _straddles(self, meta: dict, question: int) -> bool:
+        start, end = int(meta["fact_start"][question]), int(meta["fact_end"][question])
+        return any((start + c.shift) // c.size != (end + c.shift) // c.size for c in self._chunks)

@@ -1,0 +1,144 @@
+"""What a model is: a width, a head count and a tuple of `LayerSpec`s. Pure data, no modules.
+
+iRoPE, and every rival to it, is a tuple of layers; no code branches on the name of an architecture.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from irope_jax.attention.mask import Chunked, Global, MaskSpec, Sliding
+from irope_jax.core.config import ConfigError
+from irope_jax.core.types import Precision
+from irope_jax.model.feed_forward import FfnSpec
+from irope_jax.position.encoding import NoPE, PositionSpec, RoPE
+from irope_jax.position.temperature import Constant, LogFloor, TemperatureSpec
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One decoder layer.
+
+    Attributes:
+      position: how q and k carry position (`RoPE`, `NoPE`).
+      mask: which keys a query sees (`Global`, `Chunked`, `Sliding`); it also decides what the layer costs.
+      ffn: the feed-forward part.
+      temperature: factor on the queries by their position.
+      qk_norm: `rms` normalises q and k per head after the rotation, without a learned weight (Llama 4 does so in its
+        RoPE layers only); `none` leaves them.
+    """
+
+    position: PositionSpec
+    mask: MaskSpec
+    ffn: FfnSpec
+    temperature: TemperatureSpec = Constant()
+    qk_norm: Literal["none", "rms"] = "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder-only transformer: pre-norm, RMSNorm, grouped-query attention.
+
+    Attributes:
+      vocab_size: V; at least what the tokenizer needs.
+      d_model: D.
+      num_layers: L; the pattern is repeated until there are that many.
+      num_heads: N query heads.
+      num_kv_heads: K key heads, a divisor of N.
+      head_dim: H, even where a layer rotates.
+      pattern: the layers that repeat, first layer first.
+      output_head: `tied` uses the embedding again, `untied` has a matrix of its own.
+      norm_eps: added to the mean square in every RMS norm.
+      init_std: standard deviation of the initial weights; projections back into the residual stream get
+        `init_std / sqrt(2 L)`.
+      remat: what the backward pass finds saved: `none` recomputes nothing, `full` keeps only each layer's input,
+        `dots` also keeps products of weights and activations.
+      attention: implementation asked of `attention.attend`; None lets it choose.
+      precision: number formats.
+    """
+
+    vocab_size: int
+    d_model: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    pattern: tuple[LayerSpec, ...]
+    output_head: Literal["tied", "untied"] = "tied"
+    norm_eps: float = 1e-5
+    init_std: float = 0.02
+    remat: Literal["none", "full", "dots"] = "none"
+    attention: str | None = None
+    precision: Precision = Precision()
+
+    def __post_init__(self):
+        for name in ("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim"):
+            if getattr(self, name) < 1:
+                raise ConfigError(name, getattr(self, name), "must be at least 1")
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                "num_kv_heads", self.num_kv_heads, f"must divide num_heads={self.num_heads}, so that key heads are shared evenly"
+            )
+        if not self.pattern:
+            raise ConfigError("pattern", self.pattern, "needs at least one layer")
+        for i, layer in enumerate(self.pattern):
+            if isinstance(layer.position, RoPE) and self.head_dim % 2:
+                raise ConfigError("head_dim", self.head_dim, f"layer {i} of the pattern rotates pairs: use an even width")
+
+    @property
+    def layers(self) -> tuple[LayerSpec, ...]:
+        """All L layers, first to last."""
+        repeats = -(-self.num_layers // len(self.pattern))
+        return (self.pattern * repeats)[: self.num_layers]
+
+    @property
+    def period(self) -> tuple[LayerSpec, ...]:
+        """The shortest tuple of layers whose repetition is the model; the decoder scans over it."""
+        layers = self.layers
+        for size in range(1, len(layers) + 1):
+            if len(layers) % size == 0 and layers[:size] * (len(layers) // size) == layers:
+                return layers[:size]
+        return layers
+
+
+def irope_layers(
+    chunk: int,
+    ffn: FfnSpec,
+    *,
+    theta: float = 500_000.0,
+    interval: int = 4,
+    temperature: TemperatureSpec | None = None,
+    qk_norm: Literal["none", "rms"] = "none",
+) -> tuple[LayerSpec, ...]:
+    """The period of Llama 4: `interval - 1` chunk-local RoPE layers, then one global NoPE layer with temperature.
+
+    Args:
+      chunk: width of the local chunks, in tokens.
+      ffn: feed-forward of every layer.
+      theta: RoPE base.
+      interval: length of the period.
+      temperature: of the global layer; Llama 4's `LogFloor()` by default.
+      qk_norm: of the local layers; the global one is never normed.
+    """
+    local = LayerSpec(RoPE(theta=theta), Chunked(chunk), ffn, qk_norm=qk_norm)
+    return (local,) * (interval - 1) + (LayerSpec(NoPE(), Global(), ffn, temperature=temperature or LogFloor()),)
+
+
+def draw_layers(config: ModelConfig) -> str:
+    """The layer pattern as text, a line per layer of the period, with how many times it repeats."""
+    period = config.period
+    lines = [f"{len(config.layers)} layers = {len(config.layers) // len(period)} x a period of {len(period)}"]
+    for i, layer in enumerate(period):
+        position = f"RoPE theta={layer.position.theta:g}" if isinstance(layer.position, RoPE) else "NoPE"
+        match layer.mask:
+            case Chunked(size=size, by=by, shift=shift):
+                mask, bar = f"chunks of {size} by {by}" + (f" shifted {shift}" if shift else ""), "[████][████][████]"
+            case Sliding(size=size):
+                mask, bar = f"sliding window {size}", "     ▁▂▃▄▅▆▇█     "
+            case _:
+                mask, bar = "global", "██████████████████"
+        extras = [str(layer.temperature)] if not isinstance(layer.temperature, Constant) else []
+        extras += [f"qk-norm {layer.qk_norm}"] if layer.qk_norm != "none" else []
+        lines.append(f"  {i:>3}  {bar}  {position:<18} {mask:<28} {layer.ffn}  {'  '.join(extras)}".rstrip())
+    return "\n".join(lines)

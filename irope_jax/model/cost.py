@@ -1,0 +1,41 @@
+"""Parameters and floating-point operations of a model in closed form: what it holds and what a token needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+
+from irope_jax.attention.mask import visible_pairs
+from irope_jax.model.config import ModelConfig
+from irope_jax.model.decoder import init_params
+
+
+def abstract_params(config: ModelConfig) -> Any:
+    """Parameters as shapes, boxed with their logical axes; no memory."""
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+
+
+def parameter_counts(config: ModelConfig) -> dict[str, int]:
+    """Parameters by part: `embedding`, `attention`, `feed_forward`, `norms`, `head`."""
+    counts: dict[str, int] = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(nn.meta.unbox(abstract_params(config))):
+        names = [str(getattr(key, "key", key)) for key in path]
+        part = next((p for p in ("attention", "feed_forward", "embedding", "head") if p in names), "norms")
+        counts[part] = counts.get(part, 0) + int(np.prod(leaf.shape))
+    return counts
+
+
+def train_flops_per_token(config: ModelConfig, length: int, counts: Mapping[str, int] | None = None) -> float:
+    """Model FLOPs of one token's forward and backward pass in a document of `length` tokens.
+
+    6 per weight that multiplies (the head included, the embedding look-up not), and for each visible pair of query and
+    key 12 N H; work done again by rematerialisation does not count.
+    """
+    counts = counts or parameter_counts(config)
+    weights = counts["attention"] + counts["feed_forward"] + config.vocab_size * config.d_model
+    pairs = sum(visible_pairs(layer.mask, length) for layer in config.layers)
+    return 6.0 * weights + 12.0 * config.num_heads * config.head_dim * pairs / length

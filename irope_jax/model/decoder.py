@@ -1,0 +1,118 @@
+"""The decoder: embed, scan over the layer period, final norm. Losses and sampling start from its hidden states."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from irope_jax.core.types import TokenInfo
+from irope_jax.model.config import LayerSpec, ModelConfig
+from irope_jax.model.feed_forward import FeedForward
+from irope_jax.model.layers import RMSNorm
+from irope_jax.model.self_attention import SelfAttention
+from irope_jax.sharding.rules import constrain
+
+REMAT_POLICIES = {
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class DecoderLayer(nn.Module):
+    """One pre-norm layer: `x + attention(norm(x))`, then `x + feed_forward(norm(x))`."""
+
+    config: ModelConfig
+    layer: LayerSpec
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, info: TokenInfo) -> jax.Array:
+        cfg = self.config
+        norm = lambda name: RMSNorm(cfg.norm_eps, cfg.precision, name=name)
+        x_BTD = constrain(x_BTD, "batch", "length", "features")
+        x_BTD = x_BTD + SelfAttention(cfg, self.layer, name="attention")(norm("attention_norm")(x_BTD), info)
+        feed_forward = FeedForward(
+            self.layer.ffn, cfg.precision, cfg.init_std, cfg.init_std / (2 * cfg.num_layers) ** 0.5, name="feed_forward"
+        )
+        return x_BTD + feed_forward(norm("feed_forward_norm")(x_BTD))
+
+
+class Period(nn.Module):
+    """The layers that repeat, in order; the body of the scan."""
+
+    config: ModelConfig
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array, info: TokenInfo) -> tuple[jax.Array, None]:
+        cfg = self.config
+        cls = DecoderLayer
+        if cfg.remat != "none":
+            cls = nn.remat(DecoderLayer, policy=REMAT_POLICIES[cfg.remat], prevent_cse=False)
+        for i, layer in enumerate(cfg.period):
+            x_BTD = cls(cfg, layer, name=f"layer_{i}")(x_BTD, info)
+        return x_BTD, None
+
+
+class Decoder(nn.Module):
+    """Tokens and their coordinates to hidden states.
+
+    Parameters of the layers are stacked over the repeats of the period (leading axis R), whatever the depth, so compile
+    time does not grow with it. They do not depend on positions, masks or temperatures: another `pattern` with the same
+    shapes reads the same checkpoint.
+    """
+
+    config: ModelConfig
+
+    def setup(self):
+        cfg = self.config
+        params = jnp.dtype(cfg.precision.params)
+        init = nn.initializers.normal(cfg.init_std)
+        self.embedding = self.param(
+            "embedding", nn.with_logical_partitioning(init, ("vocab", "embed")), (cfg.vocab_size, cfg.d_model), params
+        )
+        if cfg.output_head == "untied":
+            self.head = self.param(
+                "head", nn.with_logical_partitioning(init, ("embed", "vocab")), (cfg.d_model, cfg.vocab_size), params
+            )
+        scanned = nn.scan(
+            Period,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=cfg.num_layers // len(cfg.period),
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        self.periods = scanned(cfg)
+        self.final_norm = RMSNorm(cfg.norm_eps, cfg.precision)
+
+    def __call__(self, tokens_BT: jax.Array, info: TokenInfo) -> jax.Array:
+        """Hidden states `[B, T, D]` after the final norm, in the compute type."""
+        x_BTD = jnp.take(self.embedding, tokens_BT, axis=0).astype(jnp.dtype(self.config.precision.compute))
+        x_BTD, _ = self.periods(constrain(x_BTD, "batch", "length", "features"), info)
+        return self.final_norm(x_BTD)
+
+    def head_matrix(self) -> jax.Array:
+        """`w_DV`, in the compute type: logits are `hidden @ w_DV`."""
+        w_DV = self.embedding.T if self.config.output_head == "tied" else self.head
+        return w_DV.astype(jnp.dtype(self.config.precision.compute))
+
+
+def init_params(config: ModelConfig, key: jax.Array) -> Any:
+    """Fresh parameters, boxed with their logical axes (`sharding.tree_shardings` reads them)."""
+    tokens_BT = jnp.zeros((1, 8), jnp.int32)
+    return Decoder(config).init(key, tokens_BT, TokenInfo.single(1, 8))["params"]
+
+
+def hidden_states(config: ModelConfig, params: Any, tokens_BT: jax.Array, info: TokenInfo) -> tuple[jax.Array, jax.Array]:
+    """`(hidden_BTD, w_DV)`: what a loss or a sampler needs."""
+    decoder = Decoder(config)
+    variables = {"params": params}
+    return decoder.apply(variables, tokens_BT, info), decoder.apply(variables, method="head_matrix")
+
+
+def logits(config: ModelConfig, params: Any, tokens_BT: jax.Array, info: TokenInfo) -> jax.Array:
+    """Float32 `[B, T, V]`; for tests and short sequences, since the whole array is made."""
+    hidden_BTD, w_DV = hidden_states(config, params, tokens_BT, info)
+    return jnp.einsum("BTD,DV->BTV", hidden_BTD, w_DV, preferred_element_type=jnp.float32)

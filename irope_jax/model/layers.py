@@ -1,0 +1,35 @@
+"""Small pieces that layers are made of: RMS norm and its weightless form."""
+
+from __future__ import annotations
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from irope_jax.core.types import Precision
+
+
+def rms_normalise(x: jax.Array, eps: float) -> jax.Array:
+    """`x / sqrt(mean(x^2) + eps)` over the last axis, in float32, in the type of `x`."""
+    x32 = x.astype(jnp.float32)
+    return (x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)).astype(x.dtype)
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm with a learned weight per feature (Zhang & Sennrich 2019).
+
+    The normalised value is rounded to the compute type before the weight multiplies it, as Llama does.
+    """
+
+    eps: float
+    precision: Precision
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        scale_D = self.param(
+            "scale",
+            nn.with_logical_partitioning(nn.initializers.ones_init(), ("features",)),
+            (x_BTD.shape[-1],),
+            jnp.dtype(self.precision.params),
+        )
+        return rms_normalise(x_BTD, self.eps) * scale_D.astype(x_BTD.dtype)

@@ -1,0 +1,147 @@
+"""What each verb of the command line does: wiring between the rooms, and nothing that could live in one of them."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from irope_jax.checkpoint.native import CheckpointError, Checkpoints
+from irope_jax.core.config import ConfigError, fingerprint, nearest, to_dict
+from irope_jax.core.hosts import configure_logging, is_main_process
+from irope_jax.core.records import NullWriter, RecordError, RunWriter
+from irope_jax.evals.registry import build_evaluators
+from irope_jax.experiment import Experiment, check_devices, load_config, resolve
+from irope_jax.model.config import draw_layers
+from irope_jax.model.cost import parameter_counts, train_flops_per_token
+from irope_jax.sharding.mesh import make_mesh
+from irope_jax.study.plots import PlotsMissingError
+from irope_jax.study.report import terminal_tables, write_report
+from irope_jax.train.loop import TrainingError, train
+from irope_jax.train.optimizer import make_optimizer
+from irope_jax.train.state import state_shardings
+
+log = logging.getLogger(__name__)
+
+EXPECTED_ERRORS = (CheckpointError, PlotsMissingError, RecordError, TrainingError)
+"""Failures whose message alone tells a user what to do."""
+
+Overrides = list[tuple[str, str]]
+
+
+def train_verb(args: argparse.Namespace, overrides: Overrides) -> int:
+    configure_logging()
+    experiment = resolve(load_config(args.config), overrides)
+    mesh = check_devices(experiment, jax.device_count())
+    directory = Path(args.run_dir or Path("runs") / experiment.name)
+    values, mark = to_dict(experiment), fingerprint(experiment)
+    writer = (
+        RunWriter(directory, values, mark, on_config_change=args.on_config_change) if is_main_process() else NullWriter()
+    )
+    with writer:
+        outcome = train(
+            directory,
+            model=experiment.model,
+            data=experiment.data,
+            config=experiment.train,
+            mesh=mesh,
+            checkpoint=experiment.checkpoint,
+            seed=experiment.seed,
+            evaluators=build_evaluators(experiment.evals, experiment.model, experiment.data.tokenizer),
+            writer=writer,
+            meta={"fingerprint": mark, "config": values},
+        )
+    if outcome.stopped_by is not None:
+        log.info("stopped at step %d with everything saved in %s; the same command goes on", outcome.step, directory)
+        return 128 + outcome.stopped_by
+    log.info("step %d reached; run directory %s", outcome.step, directory)
+    return 0
+
+
+def eval_verb(args: argparse.Namespace, overrides: Overrides) -> int:
+    configure_logging()
+    directory = Path(args.run)
+    trained = resolve(_run_config(directory))
+    experiment = resolve(to_dict(trained), overrides)
+    if experiment.model.pattern != trained.model.pattern:
+        log.info("the layers differ from those trained: %s", draw_layers(experiment.model).splitlines()[0])
+    names = [spec.name for spec in experiment.evals]
+    for name in args.only or ():
+        if name not in names:
+            raise ConfigError("--only", name, f"no such evaluation in the config; {nearest(name, names)}")
+    chosen = [spec for spec in experiment.evals if not args.only or spec.name in args.only]
+    if not chosen:
+        raise ConfigError("config.evals", [], "this config has no evaluations; see configs/quickstart.py for two")
+    mesh = make_mesh(check_devices(experiment, jax.device_count()))
+    with jax.set_mesh(mesh), Checkpoints(directory) as checkpoints:
+        step = args.step if args.step is not None else checkpoints.latest
+        abstract, shardings = state_shardings(experiment.model, make_optimizer(experiment.train.optimizer, experiment.train.steps), mesh)
+        params = checkpoints.restore_params(abstract.params, shardings.params, step)
+        # Only `evals` may differ from what the directory says of itself, so the records stay this run's.
+        values, mark = to_dict(trained), fingerprint(trained)
+        writer = RunWriter(directory, values, mark) if is_main_process() and experiment == trained else NullWriter()
+        with writer:
+            for evaluator in build_evaluators(chosen, experiment.model, experiment.data.tokenizer):
+                for found in evaluator.run(params):
+                    writer.measure(step, evaluator.name, found.name, found.value, found.count, found.where)
+                    where = "  ".join(f"{k}={v}" for k, v in found.where.items())
+                    print(f"{evaluator.name}  {found.name}  {found.value:.4f}  n={found.count}  {where}")
+    if experiment != trained:
+        log.info("evaluated with changed values: printed only, not added to %s", directory / "records.jsonl")
+    return 0
+
+
+def _run_config(directory: Path) -> dict[str, Any]:
+    path = directory / "config.json"
+    if not path.is_file():
+        raise RecordError(f"{directory}: not a run directory (no config.json); name one that `irope train` made")
+    return load_config(str(path))
+
+
+def report_verb(args: argparse.Namespace, overrides: Overrides) -> int:
+    runs = [Path(run) for run in args.runs]
+    out = Path(args.out) if args.out else (runs[0] / "report" if len(runs) == 1 else runs[0].parent / "report")
+    page = write_report(runs, out)
+    console = Console()
+    for table in terminal_tables(runs):
+        console.print(table)
+    print(f"report: {page}")
+    for picture in sorted(out.glob("*.png")):
+        print(f"picture: {picture}")
+    return 0
+
+
+def show_verb(args: argparse.Namespace, overrides: Overrides) -> int:
+    experiment = resolve(load_config(args.config), overrides)
+    print(f"experiment {experiment.name}  fingerprint {fingerprint(experiment)}")
+    for path, value in _leaves(to_dict(experiment), "config"):
+        print(f"  {path} = {value!r}")
+    counts = parameter_counts(experiment.model)
+    print(f"\nlayers\n{draw_layers(experiment.model)}\n\nparameters")
+    for part, count in sorted(counts.items(), key=lambda item: -item[1]):
+        print(f"  {part:<14}{count:>16,}")
+    print(f"  {'total':<14}{sum(counts.values()):>16,}")
+    length = experiment.data.seq_len
+    tokens = experiment.train.steps * experiment.data.batch_size * length
+    flops = train_flops_per_token(experiment.model, length, counts)
+    print(f"\ntraining: {tokens:,} tokens in {experiment.train.steps:,} steps; {flops:.3g} FLOPs a token, {flops * tokens:.3g} in all")
+    return 0
+
+
+def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{path}.{key}")
+    elif isinstance(value, list) and value and isinstance(value[0], (dict, list)):
+        for i, inner in enumerate(value):
+            yield from _leaves(inner, f"{path}.{i}")
+    else:
+        yield path, value
+
+
+VERBS = {"train": train_verb, "eval": eval_verb, "report": report_verb, "show": show_verb}

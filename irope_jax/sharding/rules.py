@@ -1,0 +1,117 @@
+"""Logical axes to mesh axes, for parameters and activations.
+
+Modules name the axes of what they make by meaning (`embed`, `heads`, …); this table alone says where they go. Nothing
+here knows which module uses which name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from irope_jax.core.config import ConfigError
+
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    # activations
+    "batch": ("data", "fsdp"),
+    "length": "context",
+    # parameters; the widths inside a layer are also activations' last axes
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    "vocab": "tensor",
+    "expert": "expert",
+    "layers": None,
+    # a layer's input and output: whole on every device of (context, tensor)
+    "features": None,
+}
+
+
+class ShardingError(ConfigError):
+    """A tensor that cannot be laid on the mesh; names the tensor, the axis and the fix."""
+
+
+def spec(names: Sequence[str | None]) -> P:
+    """The `PartitionSpec` of logical axis names; `None` is an axis that is never cut.
+
+    Raises:
+      ShardingError: an unknown name, or two axes that would use the same mesh axis.
+    """
+    taken: dict[str, str] = {}
+    entries = []
+    for name in names:
+        if name is not None and name not in RULES:
+            raise ShardingError("logical axis", name, f"not in the sharding rules; there are: {', '.join(RULES)}")
+        entry = RULES[name] if name is not None else None
+        for axis in (entry,) if isinstance(entry, str) else entry or ():
+            if axis in taken:
+                raise ShardingError(
+                    "logical axes", tuple(names), f"{taken[axis]!r} and {name!r} both go to mesh axis {axis!r}; rename one"
+                )
+            taken[axis] = name
+        entries.append(entry)
+    return P(*entries)
+
+
+def constrain(x: jax.Array, *names: str | None) -> jax.Array:
+    """Ask the compiler to keep `x` laid out by its logical axes; nothing without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec(names))
+
+
+def token_parts() -> tuple[int, int]:
+    """Into how many parts the mesh in force cuts the batch and the sequence; (1, 1) without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return 1, 1
+    return mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["context"]
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Layout of a `[B, T]` array of a batch."""
+    return NamedSharding(mesh, spec(("batch", "length")))
+
+
+def tree_shardings(boxed: Any, mesh: Mesh) -> Any:
+    """Shardings of a tree of (abstract) arrays; leaves boxed by `nn.with_logical_partitioning` follow their names.
+
+    Args:
+      boxed: arrays or `ShapeDtypeStruct`s; unboxed leaves are replicated.
+      mesh: the mesh to lay them on.
+
+    Returns:
+      The same tree, unboxed, with a `NamedSharding` at each leaf.
+
+    Raises:
+      ShardingError: an axis does not divide by its mesh axes; names the parameter, the axis and the fix.
+    """
+
+    def lay(path, leaf):
+        if not isinstance(leaf, nn.LogicallyPartitioned):
+            return NamedSharding(mesh, P())
+        layout = spec(leaf.names)
+        shape = leaf.value.shape
+        for size, name, entry in zip(shape, leaf.names, layout):
+            axes = (entry,) if isinstance(entry, str) else entry or ()
+            parts = 1
+            for axis in axes:
+                parts *= mesh.shape[axis]
+            if size % parts:
+                where = "/".join(str(getattr(k, "key", getattr(k, "name", k))) for k in path)
+                raise ShardingError(
+                    f"mesh.{axes[-1]}",
+                    parts,
+                    f"does not divide axis {name!r} of size {size} of {where} {tuple(shape)}; choose a divisor of {size}",
+                )
+        return NamedSharding(mesh, layout)
+
+    return jax.tree_util.tree_map_with_path(lay, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))

@@ -1,0 +1,135 @@
+"""Optimizer and learning-rate schedule as config, built from optax."""
+
+from __future__ import annotations
+
+import fnmatch
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import jax
+import optax
+
+from irope_jax.core.config import ConfigError
+
+
+@dataclass(frozen=True)
+class ConstantRate:
+    """Linear warm-up, then the peak rate to the end."""
+
+    kind: ClassVar[str] = "constant"
+    warmup: int = 0
+
+
+@dataclass(frozen=True)
+class Cosine:
+    """Linear warm-up, then half a cosine down to `final` times the peak at the last step."""
+
+    kind: ClassVar[str] = "cosine"
+    warmup: int = 0
+    final: float = 0.1
+
+
+@dataclass(frozen=True)
+class Linear:
+    """Linear warm-up, then a straight line down to `final` times the peak at the last step."""
+
+    kind: ClassVar[str] = "linear"
+    warmup: int = 0
+    final: float = 0.0
+
+
+@dataclass(frozen=True)
+class WarmupStableDecay:
+    """Linear warm-up, the peak rate, then a straight line to `final` times the peak over the last `decay` steps."""
+
+    kind: ClassVar[str] = "wsd"
+    warmup: int = 0
+    decay: int = 0
+    final: float = 0.0
+
+
+ScheduleSpec = ConstantRate | Cosine | Linear | WarmupStableDecay
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW (Loshchilov & Hutter 2019) with clipping by global norm.
+
+    Attributes:
+      learning_rate: the peak.
+      schedule: how the rate moves over the run.
+      b1, b2, eps: Adam's moments.
+      weight_decay: decoupled, multiplied by the rate.
+      no_decay: glob patterns on the path of a parameter (`periods/layer_0/attention_norm/scale`) that are not decayed.
+      clip_norm: the gradient is scaled down to this global norm; None leaves it.
+    """
+
+    learning_rate: float = 3e-4
+    schedule: ScheduleSpec = Cosine()
+    b1: float = 0.9
+    b2: float = 0.95
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    no_decay: tuple[str, ...] = ("*scale",)
+    clip_norm: float | None = 1.0
+
+    def __post_init__(self):
+        if self.learning_rate <= 0:
+            raise ConfigError("learning_rate", self.learning_rate, "must be positive")
+        for name in ("b1", "b2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise ConfigError(name, getattr(self, name), "must be in [0, 1)")
+        if self.clip_norm is not None and self.clip_norm <= 0:
+            raise ConfigError("clip_norm", self.clip_norm, "must be positive, or None for no clipping")
+
+
+def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
+    """Rate by step (counted from 0) of a run of `steps` steps.
+
+    Raises:
+      ConfigError: warm-up and decay take more steps than there are.
+    """
+    peak, spec = config.learning_rate, config.schedule
+    rest = steps - spec.warmup - (spec.decay if isinstance(spec, WarmupStableDecay) else 0)
+    if rest < 0:
+        raise ConfigError("schedule", spec, f"warm-up and decay take more than the {steps} steps of the run; shorten them")
+    # The first step is already at peak / (warmup + 1), not at zero: a zero-rate step would be wasted.
+    warm = optax.linear_schedule(peak / (spec.warmup + 1), peak, max(spec.warmup, 1))
+    match spec:
+        case Cosine(final=final):
+            then = optax.cosine_decay_schedule(peak, max(rest, 1), alpha=final)
+        case Linear(final=final):
+            then = optax.linear_schedule(peak, peak * final, max(rest, 1))
+        case WarmupStableDecay(decay=decay, final=final):
+            then = optax.join_schedules(
+                [optax.constant_schedule(peak), optax.linear_schedule(peak, peak * final, max(decay, 1))], [rest]
+            )
+        case ConstantRate():
+            then = optax.constant_schedule(peak)
+    return optax.join_schedules([warm, then], [spec.warmup])
+
+
+def decayed(params: Any, patterns: tuple[str, ...]) -> Any:
+    """True at each leaf that weight decay applies to."""
+
+    def keep(path, _):
+        name = "/".join(str(getattr(k, "key", k)) for k in path)
+        return not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+    return jax.tree_util.tree_map_with_path(keep, params)
+
+
+def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
+    """The optax transformation of a config for a run of `steps` steps."""
+    clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm is not None else optax.identity()
+    return optax.chain(
+        clip,
+        optax.adamw(
+            learning_rate(config, steps),
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+            mask=lambda params: decayed(params, config.no_decay),
+        ),
+    )

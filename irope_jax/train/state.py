@@ -1,0 +1,62 @@
+"""The training state: everything that must survive a restart except the place in the data."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from irope_jax.model.config import ModelConfig
+from irope_jax.model.decoder import init_params
+from irope_jax.sharding.rules import tree_shardings
+
+
+@flax.struct.dataclass
+class TrainState:
+    """One pytree, donated to every step.
+
+    Attributes:
+      step: int32, optimizer steps taken.
+      skipped: int32, steps left out because a loss or gradient was not finite, over the whole run.
+      skipped_in_a_row: int32, the same since the last good step.
+      params: model parameters.
+      opt_state: optimizer state.
+      rng: key of whatever a step draws at random, folded with the step; data order has its own seed.
+    """
+
+    step: jax.Array
+    skipped: jax.Array
+    skipped_in_a_row: jax.Array
+    params: Any
+    opt_state: Any
+    rng: jax.Array
+
+
+def _create(config: ModelConfig, optimizer: optax.GradientTransformation, seed: int) -> TrainState:
+    init_key, step_key = jax.random.split(jax.random.key(seed))
+    params = init_params(config, init_key)
+    zero = lambda: jnp.zeros((), jnp.int32)
+    # optax maps over the boxed parameters, so the moments keep their logical axes.
+    return TrainState(zero(), zero(), zero(), params, optimizer.init(params), jax.random.key_data(step_key))
+
+
+def state_shardings(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> tuple[Any, Any]:
+    """`(abstract, shardings)` of the unboxed state: shapes without memory, and where each leaf lies."""
+    boxed = jax.eval_shape(lambda: _create(config, optimizer, 0))
+    return nn.meta.unbox(boxed), tree_shardings(boxed, mesh)
+
+
+def init_state(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> TrainState:
+    """A fresh state, made where it will live: no device ever holds more than its part."""
+    _, shardings = state_shardings(config, optimizer, mesh)
+    return jax.jit(lambda: nn.meta.unbox(_create(config, optimizer, seed)), out_shardings=shardings)()
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, P())
