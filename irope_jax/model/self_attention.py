@@ -15,7 +15,7 @@ from irope_jax.core.types import TokenInfo
 from irope_jax.model.config import LayerSpec, ModelConfig
 from irope_jax.model.layers import rms_normalise
 from irope_jax.position import temperature
-from irope_jax.position.encoding import encode
+from irope_jax.position.encoding import encode, logit_factor
 
 
 class SelfAttention(nn.Module):
@@ -60,7 +60,7 @@ class SelfAttention(nn.Module):
         if factor_BT is not None:
             q_BTNH = (q_BTNH * factor_BT[..., None, None]).astype(compute)
 
-        out_BTNH = attend_sharded(
-            q_BTNH, k_BTKH, v_BTKH, info, info, layer.mask, scale=cfg.head_dim**-0.5, impl=cfg.attention
-        )
+        # A magnitude that a RoPE scaling asks for goes into the scale: in cos and sin, qk-norm would cancel it.
+        scale = cfg.head_dim**-0.5 * logit_factor(layer.position, cfg.head_dim)
+        out_BTNH = attend_sharded(q_BTNH, k_BTKH, v_BTKH, info, info, layer.mask, scale=scale, impl=cfg.attention)
         return jnp.einsum("BTNH,NHD->BTD", out_BTNH, w_o_NHD)
