@@ -8,7 +8,7 @@ visited tile is computed. Everything here is O(blocks); no mathematics of attent
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import flax.struct
 import jax.numpy as jnp
@@ -21,36 +21,56 @@ TILE = 2**18
 """Greatest number of scores in a tile: 1 MiB of float32, half of a usual level-2 cache."""
 
 STEP = 2**13
-"""What a visit costs beside its scores, in scores: the loop's bookkeeping, reading tiles and writing sums."""
+"""What a visit costs beside its tile, in scores: the loop's bookkeeping."""
+
+EDGE = 16
+"""What a token on the edge of a tile costs, in scores: reading it, writing its sums."""
 
 BLOCKS = (32, 64, 128, 256, 512)
 """Block lengths to choose from."""
 
 
 @dataclass(frozen=True)
-class BlockPlan:
-    """Which tiles are visited.
-
-    The last block of an axis reaches back over its neighbour instead of being padded; the overlap is ignored.
+class Pass:
+    """Tiles of one size.
 
     Attributes:
-      block_q, block_k: tokens per block of queries and of keys; at most the length of the axis.
-      rows: batch rows per tile; divides the batch.
-      heads: key heads (each with its group of query heads) per tile; divides the number of key heads.
-      low, high: for each block of queries the first and last block of keys to visit.
+      block_q, block_k: tokens per block of queries and of keys; at most the length of the axis. The last block of an
+        axis reaches back over its neighbour instead of being padded; the overlap is ignored.
+      low, high: for each block of queries the first and last block of keys to visit; none if low > high.
     """
 
     block_q: int
     block_k: int
-    rows: int
-    heads: int
     low: tuple[int, ...]
     high: tuple[int, ...]
 
     @property
     def visits(self) -> int:
-        """Tiles visited for one batch row and key head (several of them share a visit)."""
-        return sum(h - l + 1 for l, h in zip(self.low, self.high))
+        """Tiles visited for one batch row and key head."""
+        return sum(max(h - l + 1, 0) for l, h in zip(self.low, self.high))
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """Which tiles are visited: every visible pair of tokens in exactly one of them.
+
+    Attributes:
+      rows: batch rows per tile; divides the batch.
+      heads: key heads (each with its group of query heads) per tile; divides the number of key heads.
+      passes: walked one after the other, for instance large tiles inside and small ones along the diagonal.
+    """
+
+    rows: int
+    heads: int
+    passes: tuple[Pass, ...]
+
+    def cost(self, batch: int, key_heads: int, group: int) -> int:
+        """Scores computed, plus what reading, writing and looping cost in scores."""
+        tiles = (batch // self.rows) * (key_heads // self.heads)
+        def area(p):
+            return p.block_q * p.block_k + EDGE * (p.block_q + p.block_k)
+        return sum(p.visits * (batch * key_heads * group * area(p) + STEP * tiles) for p in self.passes)
 
 
 def fold_length(mask: MaskSpec, q_info: TokenInfo, k_info: TokenInfo) -> int | None:
@@ -65,30 +85,46 @@ def fold_length(mask: MaskSpec, q_info: TokenInfo, k_info: TokenInfo) -> int | N
 
 def fold(info: TokenInfo, length: int) -> TokenInfo:
     """The coordinates with every `length` tokens made a batch row of their own; rows count from 0 in each."""
-    cut = lambda x: x.reshape(-1, length)
+    def cut(x):
+        return x.reshape(-1, length)
     rows = (cut(info.rows) - info.first_row) % length
     return TokenInfo(cut(info.positions), cut(info.segments), rows, first_row=0)
 
 
 def plan_blocks(mask: MaskSpec, q_info: TokenInfo, k_info: TokenInfo, key_heads: int, group: int) -> BlockPlan:
-    """The cheapest plan by a count of scores and visits, over the block lengths in `BLOCKS`."""
+    """The plan of least `BlockPlan.cost` over the block lengths in `BLOCKS`."""
     batch, q_length = q_info.shape
     k_length = k_info.shape[1]
-    best, least = None, None
+    plans = []
     for block in BLOCKS:
         block_q, block_k = min(block, q_length), min(block, k_length)
-        if q_length < block_q // 2 or q_length == 1:
-            block_k = min(k_length, 16 * block)
-        rows, heads = tile(batch, key_heads, group, block_q * block_k)
+        if q_length * 8 <= block:  # a few queries: long blocks of keys keep the number of visits low
+            block_k = min(16 * block, k_length)
+        size = tile(batch, key_heads, group, block_q * block_k)
         low, high = bounds(mask, q_info, k_info, block_q, block_k)
-        plan = BlockPlan(block_q, block_k, rows, heads, low, high)
-        scores = batch * key_heads * group * block_q * block_k * plan.visits
-        cost = scores + STEP * (batch // rows) * (key_heads // heads) * plan.visits
-        if least is None or cost <= least:
-            best, least = plan, cost
+        plans.append(BlockPlan(*size, (Pass(block_q, block_k, low, high),)))
+        if (passes := coarse_and_fine(mask, q_info, k_info, block)) is not None:
+            plans.append(BlockPlan(*size, passes))
         if block >= max(q_length, k_length):
             break
-    return best
+    return min(plans, key=lambda plan: plan.cost(batch, key_heads, group))
+
+
+def coarse_and_fine(mask: MaskSpec, q_info: TokenInfo, k_info: TokenInfo, block: int) -> tuple[Pass, Pass] | None:
+    """Tiles of `block` where everything may be visible, of half that along the diagonal; for `Global` with promises."""
+    q_length, k_length, fine = q_info.shape[1], k_info.shape[1], block // 2
+    if not isinstance(mask, Global) or q_info.first_row is None or k_info.first_row is None:
+        return None
+    if block < 256 or q_length % block or k_length % block:
+        return None
+    first = q_info.first_row - k_info.first_row + np.arange(q_length // block) * block
+    inside = np.clip((first + 1) // block, 0, k_length // block)
+    low, high = bounds(mask, q_info, k_info, fine, fine)
+    low = np.maximum(low, 2 * np.repeat(inside, 2))
+    return (
+        Pass(block, block, (0,) * len(inside), tuple((inside - 1).tolist())),
+        Pass(fine, fine, tuple(low.tolist()), high),
+    )
 
 
 def tile(batch: int, key_heads: int, group: int, scores: int) -> tuple[int, int]:
@@ -101,24 +137,20 @@ def tile(batch: int, key_heads: int, group: int, scores: int) -> tuple[int, int]
 
 
 def bounds(mask: MaskSpec, q_info: TokenInfo, k_info: TokenInfo, block_q: int, block_k: int):
-    """First and last block of keys per block of queries, as tuples of ints; every block of keys without promises.
-
-    A block of queries that sees no key still visits one tile, so that the loop needs no special case.
-    """
+    """First and last block of keys per block of queries, as tuples of ints; every block of keys without promises."""
     q_length, k_length = q_info.shape[1], k_info.shape[1]
     blocks_q, blocks_k = -(-q_length // block_q), -(-k_length // block_k)
     if q_info.first_row is None or k_info.first_row is None:
         return (0,) * blocks_q, (blocks_k - 1,) * blocks_q
     first = q_info.first_row + np.arange(blocks_q, dtype=np.int64) * block_q
     last = np.minimum(first + block_q, q_info.first_row + q_length) - 1
-    multiples = (q_info.document_multiple, k_info.document_multiple)
-    known = [m for m in multiples if mask.borders_known(m)]
-    low_row, high_row = row_bounds(mask, first, last, known[0] if len(known) == 2 else 1)
-    low = np.clip((low_row - k_info.first_row) // block_k, 0, blocks_k - 1)
-    high = np.clip((high_row - k_info.first_row) // block_k, 0, blocks_k - 1)
-    if isinstance(mask, Global):
-        low[:] = 0
-    return tuple(low.tolist()), tuple(np.maximum(low, high).tolist())
+    aligned = [m for m in (q_info.document_multiple, k_info.document_multiple) if mask.borders_known(m)]
+    low_row, high_row = row_bounds(mask, first, last, aligned[0] if len(aligned) == 2 else 1)
+    if mask.reach is None:
+        low_row = np.full_like(first, k_info.first_row)
+    low = np.maximum((low_row - k_info.first_row) // block_k, 0)
+    high = np.minimum((high_row - k_info.first_row) // block_k, blocks_k - 1)
+    return tuple(low.tolist()), tuple(high.tolist())
 
 
 @flax.struct.dataclass
@@ -162,8 +194,3 @@ def verdict(mask: MaskSpec, q: Summary, k: Summary) -> Array:
         apart |= (a[0] > b[1]) | (b[0] > a[1])
         whole &= (a[0] == a[1]) & (b[0] == b[1]) & (a[0] == b[0])
     return jnp.where(jnp.all(apart), SKIP, jnp.where(jnp.all(whole), PLAIN, MASKED))
-
-
-def override(plan: BlockPlan, **changes) -> BlockPlan:
-    """The plan with some fields replaced."""
-    return replace(plan, **changes)
