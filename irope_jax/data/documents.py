@@ -99,9 +99,8 @@ class Pieces:
     def _count(targets, length):
         counts = -(-targets // length)
         slack = counts * length - targets
-        more = (
-            (counts > 1) & (2 * slack < length) & (slack <= length - 2)
-        )  # little room to move the cuts: one piece more
+        # one piece more where the cuts have little room to move
+        more = (counts > 1) & (2 * slack < length) & (slack <= length - 2)
         return counts + more, slack + more * length
 
     def _low_high(self) -> tuple[np.ndarray, np.ndarray]:

@@ -66,7 +66,7 @@ class BestFitPlanner:
     """Online best-fit over a bounded number of open rows.
 
     A document goes into the open row that it leaves the least room in; when none has room and `open_rows` are open,
-    the fullest is closed. A row is also closed once nothing can follow in it.
+    the fullest is closed. A row in which nothing can follow is closed at once.
 
     Args:
       seq_len: length of a row.
@@ -77,28 +77,21 @@ class BestFitPlanner:
         self.seq_len, self.spec = seq_len, spec
         self._open: list[tuple[int, list[tuple[int, int]]]] = []  # (first free start, [(name, start)]), by free start
 
-    def add(self, name: int, length: int) -> list[list[tuple[int, int]]]:
-        """Place a document that takes `length` places; returns the rows this closes, each `[(name, start), …]`."""
-        length = int(length)  # numpy integers would not go into a JSON state
+    def add(self, name: int, length: int) -> list[tuple[int, int]] | None:
+        """Place a document that takes `length` places; the row this closes, `[(name, start), …]`, or `None`."""
+        length, multiple = int(length), self.spec.document_multiple  # numpy integers would not go into a JSON state
         if not 1 <= length <= self.seq_len:
             raise ValueError(f"document {name} takes {length} places, a row has {self.seq_len}")
-        closed = []
         # the last open row with start + length <= seq_len is the fullest that still has room
         place = bisect.bisect_right(self._open, self.seq_len - length, key=lambda row: row[0]) - 1
-        if place >= 0:
-            start, members = self._open.pop(place)
-        else:
-            start, members = 0, []
-            if len(self._open) >= self.spec.open_rows:
-                closed.append(self._open.pop()[1])
+        start, members = self._open.pop(place) if place >= 0 else (0, [])
         members.append((name, start))
-        multiple = self.spec.document_multiple
         free = -(-(start + length) // multiple) * multiple
         if free >= self.seq_len:
-            closed.append(members)
-        else:
-            bisect.insort(self._open, (free, members), key=lambda row: row[0])
-        return closed
+            return members
+        fullest = self._open.pop()[1] if len(self._open) >= self.spec.open_rows else None
+        bisect.insort(self._open, (free, members), key=lambda row: row[0])
+        return fullest
 
     @property
     def names(self) -> list[list[list[int]]]:

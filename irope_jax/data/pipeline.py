@@ -112,31 +112,29 @@ class _BestFitRows(grain.IterDataset):
 
 
 class _BestFitIterator(grain.DatasetIterator):
-    """State: how many references were taken, what waits in open rows, and rows closed but not yet handed out."""
+    """State: how many references were taken, and which of them wait in open rows."""
 
     def __init__(self, references: grain.MapDataset, seq_len: int, spec: BestFit, length_of):
         super().__init__()
         self._references, self._length_of = references, length_of
         self._planner = BestFitPlanner(seq_len, spec)
-        self._taken, self._ready = 0, []
+        self._taken = 0
 
     def __next__(self) -> list[tuple[int, Ref]]:
-        while not self._ready:
-            name = self._taken
-            self._ready += self._planner.add(name, self._length(name))
+        row = None
+        while row is None:
+            row = self._planner.add(self._taken, self._length(self._taken))
             self._taken += 1
-        return [(start, self._references[name]) for name, start in self._ready.pop(0)]
+        return [(start, self._references[name]) for name, start in row]
 
     def _length(self, name: int) -> int:
         return self._length_of(self._references[name])
 
     def get_state(self) -> dict[str, Any]:
-        ready = [[list(member) for member in members] for members in self._ready]
-        return {"taken": self._taken, "open": self._planner.names, "ready": ready}
+        return {"taken": self._taken, "open": self._planner.names}
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._taken = int(state["taken"])
-        self._ready = [[(int(name), int(start)) for name, start in members] for members in state["ready"]]
         self._planner.restore(state["open"], self._length)
 
 
@@ -209,7 +207,7 @@ class BatchIterator(Iterator[Batch]):
 
     def get_state(self) -> dict[str, Any]:
         """JSON-able; names the config and the data it belongs to."""
-        # a round trip, so that what a test or a checkpoint holds cannot be changed by the iterator going on
+        # a round trip: what is handed out is plain JSON and shares nothing with the running iterator
         place = json.loads(json.dumps(self._iterator.get_state()))
         return {"version": _STATE_VERSION, "content": self._content, "place": place}
 

@@ -17,7 +17,7 @@ def document(*tokens, weight=1.0):
 def plan_all(lengths, seq_len, spec):
     planner, rows = BestFitPlanner(seq_len, spec), []
     for name, length in enumerate(lengths):
-        rows += planner.add(name, length)
+        rows += filter(None, [planner.add(name, length)])
     return rows, planner
 
 
@@ -41,12 +41,14 @@ def test_packing_picture():
 
 def test_best_fit_picture():
     planner = BestFitPlanner(10, BestFit(open_rows=3))
-    assert planner.add(0, 6) == [] and planner.add(1, 7) == [] and planner.add(2, 5) == []
-    assert planner.add(3, 4) == [[(0, 0), (3, 6)]]  # 4 fits after 6 and after 5: 6 leaves least room and is full
-    assert planner.add(4, 2) == []  # after 7, not after 5
+    assert planner.add(0, 6) is planner.add(1, 7) is planner.add(2, 5) is None
+    assert planner.add(3, 4) == [(0, 0), (3, 6)]  # 4 fits after 6 and after 5: 6 leaves least room and is full
+    assert planner.add(4, 2) is None  # after 7, not after 5
     assert planner.names == [[[2, 0]], [[1, 0], [4, 7]]]
-    assert planner.add(5, 10) == [[(5, 0)]]
-    assert planner.add(6, 8) == [] and planner.add(7, 9) == [[(1, 0), (4, 7)]]  # none fits: the fullest goes
+    assert planner.add(5, 10) == [(5, 0)]
+    assert planner.add(6, 8) is None and planner.add(7, 10) == [(7, 0)]  # a whole row needs nobody's place
+    assert planner.add(8, 9) == [(1, 0), (4, 7)]  # none fits: the fullest goes
+    assert planner.names == [[[2, 0]], [[6, 0]], [[8, 0]]]
 
 
 @pytest.mark.parametrize("multiple", [1, 8, 64])
@@ -91,7 +93,7 @@ def test_a_planner_goes_on_from_its_names(stop):
     assert again.names == planner.names
     before = copy.deepcopy(names)
     for name in range(stop, 400):
-        rows += again.add(name, lengths[name])
+        rows += filter(None, [again.add(name, lengths[name])])
     assert rows == whole and names == before
 
 

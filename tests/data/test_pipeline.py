@@ -4,6 +4,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from pathlib import Path
 
 import jax
@@ -102,12 +103,10 @@ def test_any_stop_goes_on_with_equal_batches(open_iterator, config, prefetch):
 
 
 def test_stops_fall_inside_packing_buffers(open_iterator):
-    iterator, waiting, ready = open_iterator(PACKED), 0, 0
+    iterator, waiting = open_iterator(PACKED), 0
     for _ in range(30):
         next(iterator)
-        place = json.dumps(iterator.get_state()["place"])
-        waiting += '"open": []' not in place
-        ready += '"ready": []' not in place
+        waiting += '"open": []' not in json.dumps(iterator.get_state()["place"])
     assert waiting > 20
 
 
@@ -161,26 +160,19 @@ def test_an_epoch_shows_each_document_once_in_a_new_order(open_iterator, tmp_pat
 
 
 def test_a_packed_epoch_predicts_each_target_once(open_iterator, tmp_path):
-    text = "".join(chr(0x100 + i) for i in range(300))  # 600 different bytes pairs: every place can be told
+    text = "".join(chr(0x100 + i) for i in range(300))
     (tmp_path / "a.txt").write_text(text)
     config = DataConfig(
         seq_len=64, batch_size=1, mixture=(Ingredient(TextFile(f"{tmp_path}/a.txt")),), packing=BestFit(open_rows=1)
     )
     iterator = open_iterator(config)
-    count = len(tokenized(config.mixture[0].source, config.tokenizer).flat) - 1
-    rows = [(batch.targets[0], batch.info.segments[0]) for batch in take(iterator, 200)]
-    stream = [pair for targets, segments in rows for pair in documents_of(targets, segments)]
-    # with one open row pieces come out in the order they went in: epoch after epoch, each of all targets
-    for _ in range(5):
-        epoch = []
-        while sum(map(len, epoch)) < count:
-            epoch.append(stream.pop(0))
-        shown = sorted(token for piece in epoch for token in piece)
-        assert shown == sorted([*text.encode(), 257])
-
-
-def documents_of(targets, segments):
-    return [targets[segments == s].tolist() for s in range(1, segments.max() + 1)]
+    seen = Counter()
+    for batch in take(iterator, 200):
+        real = (batch.weights > 0) & (batch.tokens >= 0xC0) & (batch.targets < 0xC0)
+        seen.update(zip(batch.tokens[real].tolist(), batch.targets[real].tolist()))
+    # first and second byte name a character of the text; none may be shown twice before all others were shown once,
+    # but for the epoch under way and the piece that waits
+    assert len(seen) == 300 and min(seen.values()) > 15 and max(seen.values()) - min(seen.values()) <= 2
 
 
 @pytest.mark.parametrize("config", [MIXED, PACKED], ids=["one per row", "packed"])
@@ -279,7 +271,8 @@ def test_the_stream_is_fast_enough():
 def test_a_program_may_end_without_closing():
     program = (
         "from irope_jax.data.config import DataConfig; from irope_jax.data.pipeline import make_iterator;"
-        "iterator = make_iterator(DataConfig(seq_len=64, batch_size=1)); next(iterator); print('done')"
+        "iterator = make_iterator(DataConfig(seq_len=64, batch_size=1));"
+        "[next(iterator) for _ in range(300)]; print('done')"
     )
     root = Path(__file__).parents[2]
     ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=root)

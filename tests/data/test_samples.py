@@ -45,6 +45,13 @@ def test_distinct_strings_are_distinct(base, digits, count):
     assert (drawn[0] != drawn[1]).any()
 
 
+def test_every_gap_is_equally_likely():
+    """With f filler tokens there are f + 1 gaps, the one after the last token included."""
+    at = np.random.default_rng(0).random(4000)
+    _, _, gaps = scatter(np.zeros(3, np.int32), np.zeros((4000, 1), np.int32), at, 9)
+    assert np.bincount(gaps).tolist() == pytest.approx([1000] * 4, rel=0.1)
+
+
 def test_ranges_include_both_ends():
     rng = np.random.default_rng(0)
     assert {draw_between(rng, (2, 4)) for _ in range(100)} == {2, 3, 4}

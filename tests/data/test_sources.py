@@ -125,6 +125,13 @@ def test_directory_is_sorted_nested_and_reads_compressed_files(tmp_path):
     assert open_source(Directory(str(tmp_path), pattern="**/*", damaged="skip")) == ["top", "packed", "deep"]
 
 
+def test_directory_order_is_not_that_of_the_disk(tmp_path):
+    names = [f"{i:02d}.txt" for i in range(40)]
+    for name in sorted(names, key=lambda name: hash((name, 1))):
+        (tmp_path / name).write_text(name)
+    assert open_source(Directory(str(tmp_path))) == names
+
+
 def test_specs_round_trip_and_check_themselves():
     for spec in (Corpus("test"), TextFile("a"), Jsonl("a", "b", "skip"), Parquet("a"), Directory("a")):
         assert from_dict(SourceSpec, json.loads(json.dumps(to_dict(spec)))) == spec
