@@ -20,9 +20,9 @@ from irope_jax.data.tokenizer import TokenizerSpec
 
 @dataclass(frozen=True)
 class TextHaystack:
-    """Windows of real text: a random place of the source, every token equally likely to be in it.
+    """A window of real text: a document drawn by its length, every window of it equally likely.
 
-    When more tokens are needed than a document holds, windows from several random places follow each other.
+    When more tokens are needed than a document holds, several follow each other, whole but for the last.
     """
 
     source: SourceSpec = field(default_factory=Corpus)
@@ -40,7 +40,7 @@ class TextHaystack:
             place = int(rng.integers(len(store.flat)))
             document = int(np.searchsorted(store.starts, place, side="right")) - 1
             first, end = int(firsts[document]), int(ends[document])
-            begin = max(first, min(place, end - missing))
+            begin = first + int(rng.integers(max(0, end - first - missing) + 1))
             part = store.flat[begin : min(end, begin + missing)]
             parts.append(part)
             missing -= len(part)
