@@ -8,6 +8,7 @@ visited tile is computed. Everything here is O(blocks); no mathematics of attent
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import flax.struct
@@ -20,11 +21,18 @@ from irope_jax.core.types import PAD_SEGMENT, Array, TokenInfo
 TILE = 2**18
 """Greatest number of scores in a tile: 1 MiB of float32, half of a usual level-2 cache."""
 
+ROWS = 8
+"""Batch rows that share a tile at least, if there are as many: a batch sharded over up to 8 devices by `jit` alone then
+stays where it is. Over more devices wrap the call in `shard_map`."""
+
 STEP = 2**13
 """What a visit costs beside its tile, in scores: the loop's bookkeeping."""
 
 EDGE = 16
 """What a token on the edge of a tile costs, in scores: reading it, writing its sums."""
+
+CACHE_MISS = 0.1
+"""Share of a tile's cost that is added each time it is twice too large for `TILE`."""
 
 BLOCKS = (32, 64, 128, 256, 512)
 """Block lengths to choose from."""
@@ -65,12 +73,16 @@ class BlockPlan:
     heads: int
     passes: tuple[Pass, ...]
 
-    def cost(self, batch: int, key_heads: int, group: int) -> int:
-        """Scores computed, plus what reading, writing and looping cost in scores."""
-        tiles = (batch // self.rows) * (key_heads // self.heads)
-        def area(p):
-            return p.block_q * p.block_k + EDGE * (p.block_q + p.block_k)
-        return sum(p.visits * (batch * key_heads * group * area(p) + STEP * tiles) for p in self.passes)
+    def cost(self, batch: int, key_heads: int, group: int) -> float:
+        """Scores computed, plus what reading, writing, looping and missing the cache cost in scores."""
+        pairs = self.rows * self.heads * group
+        tiles = batch * key_heads // (self.rows * self.heads)
+
+        def visit(p: Pass) -> float:
+            spill = 1 + CACHE_MISS * max(math.log2(pairs * p.block_q * p.block_k / TILE), 0)
+            return pairs * (p.block_q * p.block_k * spill + EDGE * (p.block_q + p.block_k)) + STEP
+
+        return tiles * sum(p.visits * visit(p) for p in self.passes)
 
 
 def fold_length(mask: MaskSpec, q_info: TokenInfo, k_info: TokenInfo) -> int | None:
@@ -85,8 +97,10 @@ def fold_length(mask: MaskSpec, q_info: TokenInfo, k_info: TokenInfo) -> int | N
 
 def fold(info: TokenInfo, length: int) -> TokenInfo:
     """The coordinates with every `length` tokens made a batch row of their own; rows count from 0 in each."""
+
     def cut(x):
         return x.reshape(-1, length)
+
     rows = (cut(info.rows) - info.first_row) % length
     return TokenInfo(cut(info.positions), cut(info.segments), rows, first_row=0)
 
@@ -128,12 +142,17 @@ def coarse_and_fine(mask: MaskSpec, q_info: TokenInfo, k_info: TokenInfo, block:
 
 
 def tile(batch: int, key_heads: int, group: int, scores: int) -> tuple[int, int]:
-    """Batch rows and key heads that share a tile of `scores` per head: divisors that keep it within `TILE`."""
+    """Batch rows and key heads that share a tile of `scores` per head: as many as `TILE` holds, but `ROWS` at least."""
     room = max(TILE // (scores * group), 1)
-    heads = max(d for d in range(1, key_heads + 1) if key_heads % d == 0 and d <= room)
-    room //= heads
-    rows = max(d for d in range(1, batch + 1) if batch % d == 0 and d <= room) if room else 1
-    return (rows if heads == key_heads else 1), heads
+
+    def divisors(n: int) -> list[int]:
+        return [d for d in range(1, n + 1) if n % d == 0]
+
+    rows = min(d for d in divisors(batch) if d >= min(batch, ROWS))
+    heads = max(d for d in divisors(key_heads) if d <= max(room // rows, 1))
+    if heads == key_heads:
+        rows = max(d for d in divisors(batch) if d % rows == 0 and d <= max(room // heads, rows))
+    return rows, heads
 
 
 def bounds(mask: MaskSpec, q_info: TokenInfo, k_info: TokenInfo, block_q: int, block_k: int):
@@ -183,7 +202,7 @@ SKIP, PLAIN, MASKED = 0, 1, 2
 
 
 def verdict(mask: MaskSpec, q: Summary, k: Summary) -> Array:
-    """`SKIP`, `PLAIN` or `MASKED` for tiles whose blocks have the summaries `q` and `k`: int32 scalar, over all rows."""
+    """`SKIP`, `PLAIN` or `MASKED` for tiles whose blocks have the summaries `q` and `k`: int32 scalar."""
     (q_low, q_high), (k_low, k_high) = q.rows, k.rows
     apart = k_low > q_high
     whole = (q.padded == 0) & (k.padded == 0) & (k_high <= q_low)

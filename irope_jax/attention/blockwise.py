@@ -54,8 +54,10 @@ def attend_blockwise(
     b, t, n, h = q_BTNH.shape
     kv = k_BSKH.shape[2]
     if plan is None and (length := fold_length(mask, q_info, k_info)) is not None:
+
         def cut(x):
             return x.reshape(-1, length, *x.shape[2:])
+
         q_BTNH, k_BSKH, v_BSKH = cut(q_BTNH), cut(k_BSKH), cut(v_BSKH)
         q_info, k_info, mask = fold(q_info, length), fold(k_info, length), Global()
     plan = plan or plan_blocks(mask, q_info, k_info, kv, n // kv)
@@ -132,7 +134,8 @@ def partial_blockwise(
         )  # fmt: skip
         return walk.put_q(out, new[0], at), walk.put_line(top, new[1], at), walk.put_line(total, new[2], at)
 
-    start = walk.like_inputs((jnp.zeros_like(walk.split_queries(q_BTNH), jnp.float32), walk.line(FLOOR), walk.line(0.0)), v_BSKH)
+    zeros = jnp.zeros(walk.split_queries(q_BTNH).shape)
+    start = walk.like_inputs((zeros, walk.line(FLOOR), walk.line(0.0)), v_BSKH)
     out, top, total = reduce(lambda sums, walk: walk.loop(visit, sums), walks, start)
     total = walk.unline(total)
     top = jnp.where(total > 0, walk.unline(top), -jnp.inf)
@@ -178,23 +181,23 @@ def backward_blockwise(
             dot("bksm,bkmh->bksh", weight, do_tile),
         )
 
+    def nothing(q_tile, k_tile, v_tile, *_):
+        shapes = jnp.swapaxes(q_tile, 2, 3).shape, k_tile.shape, v_tile.shape
+        return walk.like_inputs(tuple(map(jnp.zeros, shapes)), v, do)
+
     def visit(walk, at, sums):
         dq, dk, dv = sums
         tiles = (
             walk.q_tile(q, at) * scale, walk.k_tile(k, at), walk.k_tile(v, at), walk.q_tile(do, at),
             walk.k_upright_tile(k_upright, at), walk.q_line(lse, at), walk.q_line(delta, at),
         )  # fmt: skip
-        shapes = jax.eval_shape(bind(contribute, walk, False, at), *tiles)
-        def nothing(*_):
-            return walk.like_inputs(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes), v, do)
         fresh = lax.switch(
             walk.verdict(at), (nothing, bind(contribute, walk, False, at), bind(contribute, walk, True, at)), *tiles
         )
         return walk.add_upright(dq, fresh[0], at), walk.add_k(dk, fresh[1], at), walk.add_k(dv, fresh[2], at)
 
-    zeros = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, jnp.float32), (jnp.moveaxis(q, 5, 6), walk.split_keys(k_BSKH), walk.split_keys(v_BSKH))
-    )
+    shapes = jnp.moveaxis(q, 5, 6).shape, walk.split_keys(k_BSKH).shape, walk.split_keys(v_BSKH).shape
+    zeros = tuple(map(jnp.zeros, shapes))
     start = walk.like_inputs(zeros, v_BSKH, dout)
     dq, dk, dv = reduce(lambda sums, walk: walk.loop(visit, sums), walks, start)
     return (jnp.moveaxis(dq, -1, 2) * scale).reshape(q_BTNH.shape), dk.reshape(k_BSKH.shape), dv.reshape(v_BSKH.shape)
@@ -257,11 +260,9 @@ class _Walk:
         return jnp.moveaxis(x, -1, 2).reshape(self.batch, self.t, self.kv * self.g)
 
     def like_inputs(self, tree, *more):
-        """The same values, varying over the same manual mesh axes as the inputs: what a loop in `shard_map` carries."""
-        axes = frozenset().union(*(getattr(jax.typeof(x), "vma", ()) for x in (*self.sources, *more)))
-        def vary(x):
-            return lax.pcast(x, tuple(axes - jax.typeof(x).vma), to="varying") if axes - jax.typeof(x).vma else x
-        return jax.tree.map(vary, tree) if axes else tree
+        """The same values, varying over the same mesh axes as the inputs: what a loop inside `shard_map` must carry."""
+        nothing = sum(jnp.zeros_like(x.reshape(-1)[0], jnp.float32) for x in (*self.sources, *more))
+        return jax.tree.map(lambda x: x + nothing, tree)
 
     def loop(self, visit, sums):
         """Folds `visit(walk, at, sums)` over the tiles of this pass."""
@@ -365,8 +366,10 @@ class _Walk:
     def verdict(self, at):
         """What to do with the tile; one that repeats places of its neighbour is never taken as wholly visible."""
         r, _, i, j = at
+
         def pick(tree, block):
             return jax.tree.map(lambda x: x[:, r, block], tree)
+
         choice = verdict(self.mask, pick(self.q_summary, i), pick(self.k_summary, j))
         repeats = (j * self.part.block_k > self.s - self.part.block_k) | (
             i * self.part.block_q > self.t - self.part.block_q
@@ -376,6 +379,7 @@ class _Walk:
     def _coordinates(self, info, row_tile, start, nominal, size):
         def cut(x):
             return lax.dynamic_slice(x, (0, row_tile, start), (self.plan.rows, 1, size))[:, 0]
+
         info = jax.tree.map(cut, info)
         fresh = start + jnp.arange(size, dtype=jnp.int32) >= nominal
         return info.replace(segments=jnp.where(fresh, info.segments, PAD_SEGMENT))
@@ -398,7 +402,8 @@ class _Walk:
         # axes b k g q s, or b k s g q
         place = (lambda x: jnp.swapaxes(x, 1, 2)[:, None, :, None]) if keys_first else (lambda x: x[:, None, None])
         shape = score.shape
-        split = (self.part.block_k, self.g, self.part.block_q) if keys_first else (self.g, self.part.block_q, self.part.block_k)
+        block_q, block_k = self.part.block_q, self.part.block_k
+        split = (block_k, self.g, block_q) if keys_first else (self.g, block_q, block_k)
         score = score.reshape(p.rows, p.heads, *split)
         if self.slopes is not None:
             slopes = lax.dynamic_slice(self.slopes, (0, n, 0), (p.heads, 1, self.g))

@@ -133,10 +133,13 @@ MaskSpec = Global | Chunked | Sliding
 
 def allowed(mask: MaskSpec, q_info: TokenInfo, k_info: TokenInfo) -> Array:
     """Who sees whom, bool `[B, T, S]`. The definition; for small inputs and single tiles only."""
+
     def column(x):
         return x[..., :, None]
+
     def line(x):
         return x[..., None, :]
+
     back = column(q_info.rows) - line(k_info.rows)
     seen = (column(q_info.segments) == line(k_info.segments)) & (column(q_info.segments) != PAD_SEGMENT) & (back >= 0)
     if mask.width is not None:

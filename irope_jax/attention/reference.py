@@ -1,4 +1,4 @@
-"""The definition of attention: dense, float32, one page. Needs memory `B N T S`; judge others by it, do not train with it."""
+"""The definition of attention: dense, float32, one page. Memory `B N T S`: judge others by it, do not train with it."""
 
 from __future__ import annotations
 
