@@ -12,7 +12,7 @@ What is counted comes from the compiled program and does not depend on the load 
 
 What is timed is CPU seconds of this process, the candidates taking turns, median and best of the repetitions:
 
-    D1  jax.nn.dot_product_attention over ours                                    D2  ours over PyTorch's SDPA
+    D1  jax.nn.dot_product_attention over ours (judged from 8192 tokens on)       D2  ours over PyTorch's SDPA
 
 D2 says `skipped` where torch is not installed. The last line is one JSON object with every figure; exit code 1 means
 that a gate is missed. `--json` prints nothing else.
@@ -170,7 +170,7 @@ def measure_time(report: Report, length: int, repetitions: int):
         ratio = middle["jax.nn"] / middle["ours"]
         pairs = visible_pairs(Global(), length) * HEADS * WIDTH * (4 if arguments == 3 else 14)
         report.add(
-            "D1", f"jax.nn / ours, {what}, {length}", ratio, least, passed=ratio >= least,
+            "D1", f"jax.nn / ours, {what}, {length}", ratio, least, passed=ratio >= least if length >= 8192 else None,
             best=best["jax.nn"] / best["ours"], cpu_seconds=middle["ours"], gflops=pairs / middle["ours"] / 1e9,
             memory_ratio=temp(programs["jax.nn"]) / temp(programs["ours"]),
         )  # fmt: skip

@@ -113,7 +113,7 @@ def plan_blocks(mask: MaskSpec, q_info: TokenInfo, k_info: TokenInfo, key_heads:
     for block in BLOCKS:
         block_q, block_k = min(block, q_length), min(block, k_length)
         if q_length * 8 <= block:  # a few queries: long blocks of keys keep the number of visits low
-            block_k = min(16 * block, k_length)
+            block_k = min(4 * block, k_length)
         size = tile(batch, key_heads, group, block_q * block_k)
         low, high = bounds(mask, q_info, k_info, block_q, block_k)
         plans.append(BlockPlan(*size, (Pass(block_q, block_k, low, high),)))

@@ -112,11 +112,14 @@ def partial_blockwise(
     """
     walks = _walks(q_BTNH, k_BSKH, q_info, k_info, mask, slopes, plan)
     walk = walks[0]
-    q, k, v = walk.queries(q_BTNH), walk.keys(k_BSKH), walk.keys(v_BSKH)
+    q = walk.queries(q_BTNH)
+    # keys that are read once (decoding) are read where they stand; otherwise a head-major copy pays
+    keys, read = (walk.split_keys, _Walk.get_k) if len(walk.part.low) == 1 else (walk.keys, _Walk.k_tile)
+    k, v = keys(k_BSKH), keys(v_BSKH)
 
     def visit(walk, at, sums):
         out, top, total = sums
-        k_tile, v_tile = walk.k_tile(k, at), walk.k_tile(v, at)
+        k_tile, v_tile = read(walk, k, at), read(walk, v, at)
 
         def fold_in(masked, q_tile, k_tile, v_tile, out, top, total):
             score = walk.scores(at, q_tile, k_tile, masked)
@@ -341,6 +344,14 @@ class _Walk:
         size = (p.rows, 1, p.heads, 1, self.part.block_k, self.h)
         x = lax.dynamic_slice(x, (0, r, 0, n, self.k_start(j), 0), size).astype(jnp.float32)
         return x.reshape(p.rows, p.heads, self.part.block_k, self.h)
+
+    def get_k(self, x, at):
+        """`[b, k, s, h]` of an array in the caller's layout (`split_keys`)."""
+        r, n, _, j = at
+        p = self.plan
+        size = (p.rows, 1, self.part.block_k, p.heads, 1, self.h)
+        x = lax.dynamic_slice(x, (0, r, self.k_start(j), 0, n, 0), size).astype(jnp.float32)
+        return x.reshape(p.rows, self.part.block_k, p.heads, self.h).transpose(0, 2, 1, 3)
 
     def add_k(self, x, tile, at):
         """Adds `[b, k, s, h]` to sums in the caller's layout (`split_keys`)."""

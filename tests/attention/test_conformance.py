@@ -39,10 +39,21 @@ def expected(case, slopes=None):
     )  # fmt: skip
 
 
+SMALL = "blockwise in small tiles"
+
+
+def in_small_tiles(q, k, v, q_info, k_info, mask, *, scale, slopes):
+    """The sizes of the cases fit into one tile; this cuts them into many, of which the last ones overlap."""
+    block_q, block_k = min(20, q.shape[1]), min(12, k.shape[1])
+    plan = BlockPlan(1, 1, (Pass(block_q, block_k, *bounds(mask, q_info, k_info, block_q, block_k)),))
+    return attend_blockwise(q, k, v, q_info, k_info, mask, scale=scale, slopes=slopes, plan=plan)
+
+
 @partial(jax.jit, static_argnames=("mask", "impl"))
 def run(q, k, v, q_info, k_info, dout, mask, impl, slopes=None):
     def call(q, k, v):
-        return attend(q, k, v, q_info, k_info, mask, scale=SCALE, slopes=slopes, impl=impl)
+        function = in_small_tiles if impl == SMALL else partial(attend, impl=impl)
+        return function(q, k, v, q_info, k_info, mask, scale=SCALE, slopes=slopes)
 
     out, pull = jax.vjp(call, q, k, v)
     return out, pull(dout)
@@ -55,9 +66,24 @@ def check(got, want, tolerance=2e-5):
         np.testing.assert_allclose(g, w, atol=5 * tolerance, rtol=5 * tolerance, err_msg=name)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
-@pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
-def test_outputs_and_gradients(case, impl):
+# Compiling is what takes time. In small tiles the main masks see every layout and their variants three; whole
+# (one tile, or folded chunks) every mask sees three.
+SMALL_MASKS, SMALL_LAYOUTS = ("global", "chunked", "sliding"), ("packed", "permuted", "unaligned")
+WHOLE_LAYOUTS = ("plain", "aligned", "one-query")
+
+
+def worth_running(impl, case):
+    mask, layout = case.name.split("/")
+    if impl == SMALL:
+        return mask in SMALL_MASKS or layout in SMALL_LAYOUTS
+    return impl != "blockwise" or layout in WHOLE_LAYOUTS
+
+
+EVERY = [(impl, case) for impl in (*IMPLEMENTATIONS, SMALL) for case in CASES if worth_running(impl, case)]
+
+
+@pytest.mark.parametrize("impl, case", EVERY, ids=[f"{impl}/{case.name}" for impl, case in EVERY])
+def test_outputs_and_gradients(impl, case):
     x = build(case)
     got = run(x.q_BTNH, x.k_BSKH, x.v_BSKH, x.q_info, x.k_info, x.dout_BTNH, mask=x.mask, impl=impl)
     check(got, expected(case))
@@ -65,7 +91,7 @@ def test_outputs_and_gradients(case, impl):
     assert not np.any(np.asarray(got[0])[blind]) and not np.any(np.asarray(got[1][0])[blind])
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", [*IMPLEMENTATIONS, SMALL])
 def test_slopes(impl):
     case = next(c for c in CASES if c.name == "chunked-by-row/grouped")
     slopes = tuple(0.5**n for n in range(6))
@@ -74,7 +100,7 @@ def test_slopes(impl):
     check(run(*args, mask=x.mask, impl=impl, slopes=jnp.array(slopes)), expected(case, slopes))
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", [*IMPLEMENTATIONS, SMALL])
 def test_bfloat16_inputs_accumulate_in_float32(impl):
     case = AttentionCase("global/long", Global(), LAYOUTS["plain"])
     x = build(case, dtype=jnp.bfloat16)
