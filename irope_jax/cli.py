@@ -1,6 +1,6 @@
 """The `irope` command: verbs, flags, help, and errors as one line with an exit code.
 
-Exit codes: 0 done; 1 the run failed; 2 the command or the config is wrong; 128 + N stopped by signal N with everything saved.
+Exit codes: 0 done; 1 the run failed; 2 the command or the config is wrong; 128 + N stopped by signal N, all saved.
 The work behind each verb is in `run.py`.
 """
 
@@ -10,9 +10,10 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from irope_jax import __version__
-from irope_jax.core.config import ConfigError
+from irope_jax.core.config import ConfigError, nearest
 
 DESCRIPTION = """\
 Train, extend, measure and compare long-context language models (iRoPE and its rivals) in JAX.
@@ -43,16 +44,23 @@ class _Formatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=30, width=110)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="irope", description=DESCRIPTION, formatter_class=_Formatter)
+class _Parser(argparse.ArgumentParser):
+    """Reports a mistake as every other mistake is reported: one line, no usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(self.prog, ConfigError.ABSENT, f"{message}; see `{self.prog} --help`")
+
+
+def _parser() -> tuple[_Parser, dict[str, _Parser]]:
+    """The parser, and those of the verbs."""
+    parser = _Parser(prog="irope", description=DESCRIPTION, formatter_class=_Formatter)
     parser.add_argument("--version", action="version", version=f"irope {__version__}")
     verbs = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
 
     def verb(name: str, summary: str, text: str, epilog: str = "") -> argparse.ArgumentParser:
-        sub = verbs.add_parser(
+        return verbs.add_parser(
             name, help=summary, description=text, epilog=epilog, formatter_class=_Formatter, allow_abbrev=False
         )
-        return sub
 
     train = verb(
         "train",
@@ -75,7 +83,7 @@ SIGTERM and Ctrl-C save and leave (exit code 128 + signal); a second Ctrl-C leav
         "--on-config-change",
         choices=("refuse", "accept"),
         default="refuse",
-        help="when the run directory was begun with other values: refuse, listing them (default), or go on and record it",
+        help="when the run directory has other values: refuse, listing them (default), or go on and record it",
     )
 
     evaluate = verb(
@@ -89,7 +97,7 @@ examples:
   irope eval runs/debug --step=200 --only=retrieval
   irope eval runs/debug --config.evals.1.lengths='(256, 1024, 4096)'
 """,
-        "Values of the config are changed as in `irope train`: --config.a.b=VALUE. Changes are not written to config.json.",
+        "Values are changed as in `irope train`: --config.a.b=VALUE; what was measured is then printed only, not recorded.",
     )
     evaluate.add_argument("run", metavar="RUN", help="run directory")
     evaluate.add_argument("--step", type=int, metavar="N", help="checkpoint to read (default: the newest)")
@@ -124,16 +132,32 @@ examples:
         CONFIG_HELP,
     )
     show.add_argument("--config", required=True, metavar="FILE[:ARG]", help="config file, see below")
-    return parser
+    return parser, verbs.choices
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """Raises `ConfigError` for an unknown verb or flag, with the nearest known one."""
+    parser, verbs = _parser()
+    if arguments and not arguments[0].startswith("-") and arguments[0] not in verbs:
+        raise ConfigError("irope", arguments[0], f"no such verb; {nearest(arguments[0], verbs)}")
+    parsed, unknown = parser.parse_known_args(arguments)
+    if unknown:
+        flag, equals, value = unknown[0].partition("=")
+        takes = [option for option in verbs[parsed.verb]._option_string_actions if option.startswith("--")]
+        fix = f"irope {parsed.verb} takes no such argument; {nearest(flag, takes)}"
+        raise ConfigError(flag, value if equals else ConfigError.ABSENT, fix)
+    return parsed
 
 
 def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
     """Take `--config.a.b=value` and `--config.a.b value` out of an argument list."""
     rest, overrides, pending = [], [], None
     for argument in arguments:
-        if pending is not None:
+        if pending is not None and not argument.startswith("--"):
             overrides.append((pending, argument))
             pending = None
+        elif pending is not None:
+            break
         elif argument.startswith("--config."):
             name, equals, value = argument.removeprefix("--config.").partition("=")
             if equals:
@@ -151,9 +175,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
     try:
         rest, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
-        parsed = _parser().parse_args(rest)
+        parsed = _parse(rest)
         if overrides and parsed.verb == "report":
-            raise ConfigError(f"config.{overrides[0][0]}", ConfigError.ABSENT, "irope report reads finished runs; it takes no config")
+            fix = "irope report reads finished runs; it takes no config"
+            raise ConfigError(f"config.{overrides[0][0]}", overrides[0][1], fix)
         from irope_jax import run  # after parsing, so that --help does not wait for jax
 
         return run.VERBS[parsed.verb](parsed, overrides)

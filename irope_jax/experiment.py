@@ -1,7 +1,7 @@
 """The whole run, resolved into one frozen `Experiment`. After `resolve` no dictionary and no flag exists.
 
-Config files are Python (`get_config(arg) -> ml_collections.ConfigDict`): running one runs its code. A resolved config, such
-as `config.json` in a run directory, is plain data and can be read from anyone.
+Config files are Python (`get_config(arg) -> ml_collections.ConfigDict`): running one runs its code. A resolved config,
+such as `config.json` in a run directory, is plain data and can be read from anyone.
 """
 
 from __future__ import annotations
@@ -61,6 +61,10 @@ class Experiment:
         for i, evaluation in enumerate(self.evals):
             if evaluation.name in [e.name for e in self.evals[:i]]:
                 raise ConfigError(f"evals.{i}.name", evaluation.name, "another evaluation has this name; rename one")
+            try:
+                evaluation.check(self.data.tokenizer)
+            except ConfigError as error:
+                raise error.within("data" if error.field.startswith("tokenizer") else f"evals.{i}") from None
 
 
 def check_devices(experiment: Experiment, device_count: int) -> MeshConfig:
@@ -75,12 +79,14 @@ def check_devices(experiment: Experiment, device_count: int) -> MeshConfig:
         raise error.within("config.mesh") from None
     model, data, train = experiment.model, experiment.data, experiment.train
     rules = [
-        ("data.batch_size", data.batch_size, train.accumulate * mesh.batch_parts, "train.accumulate x mesh.data x mesh.fsdp"),
+        ("data.batch_size", data.batch_size, train.accumulate * mesh.batch_parts, "train.accumulate x data x fsdp"),
         ("data.seq_len", data.seq_len, mesh.context, "mesh.context"),
         ("model.num_kv_heads", model.num_kv_heads, mesh.tensor, "mesh.tensor"),
         ("model.vocab_size", model.vocab_size, mesh.tensor, "mesh.tensor"),
         ("model.d_model", model.d_model, mesh.fsdp, "mesh.fsdp"),
     ]
+    for i, evaluation in enumerate(experiment.evals):
+        rules += [(f"evals.{i}.lengths", length, mesh.context, "mesh.context") for length in evaluation.lengths]
     for field, size, parts, why in rules:
         if size % parts:
             raise ConfigError(f"config.{field}", size, f"must be a multiple of {why} = {parts}; {_near(size, parts)}")
@@ -148,7 +154,8 @@ def _call_get_config(path: Path, argument: str) -> Any:
         raise ConfigError("config", str(path), "the file has no get_config(); define one that returns a ConfigDict")
     takes = len(inspect.signature(get_config).parameters)
     if argument and not takes:
-        raise ConfigError("config", f"{path}:{argument}", "its get_config() takes no argument; leave out what follows the colon")
+        fix = "its get_config() takes no argument; leave out what follows the colon"
+        raise ConfigError("config", f"{path}:{argument}", fix)
     return get_config(argument) if argument else get_config()
 
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 from rich.console import Console
 
-from irope_jax.checkpoint.native import CheckpointError, Checkpoints
+from irope_jax.checkpoint.native import CHECKPOINTS, CheckpointError, Checkpoints
 from irope_jax.core.config import ConfigError, fingerprint, nearest, to_dict
 from irope_jax.core.hosts import configure_logging, is_main_process
-from irope_jax.core.records import NullWriter, RecordError, RunWriter
+from irope_jax.core.records import NullWriter, RecordError, RunWriter, load_run
 from irope_jax.evals.registry import build_evaluators
-from irope_jax.experiment import Experiment, check_devices, load_config, resolve
+from irope_jax.experiment import check_devices, load_config, resolve
 from irope_jax.model.config import draw_layers
 from irope_jax.model.cost import parameter_counts, train_flops_per_token
 from irope_jax.sharding.mesh import make_mesh
@@ -40,10 +42,18 @@ def train_verb(args: argparse.Namespace, overrides: Overrides) -> int:
     mesh = check_devices(experiment, jax.device_count())
     directory = Path(args.run_dir or Path("runs") / experiment.name)
     values, mark = to_dict(experiment), fingerprint(experiment)
-    writer = (
-        RunWriter(directory, values, mark, on_config_change=args.on_config_change) if is_main_process() else NullWriter()
-    )
-    with writer:
+    # Before the run directory is made or told anything: what the config asks for may not be there.
+    evaluators = build_evaluators(experiment.evals, experiment.model, experiment.data.tokenizer)
+    open_writer = partial(RunWriter, directory, values, mark, on_config_change=args.on_config_change)
+    with open_writer() if is_main_process() else NullWriter() as writer:
+        if is_finished(directory, experiment.train.steps):
+            log.info(
+                "%s is finished: step %d was reached and evaluated; nothing to do (raise train.steps with "
+                "--on-config-change=accept to go on, or choose another --run-dir)",
+                directory,
+                experiment.train.steps,
+            )
+            return 0
         outcome = train(
             directory,
             model=experiment.model,
@@ -52,7 +62,7 @@ def train_verb(args: argparse.Namespace, overrides: Overrides) -> int:
             mesh=mesh,
             checkpoint=experiment.checkpoint,
             seed=experiment.seed,
-            evaluators=build_evaluators(experiment.evals, experiment.model, experiment.data.tokenizer),
+            evaluators=evaluators,
             writer=writer,
             meta={"fingerprint": mark, "config": values},
         )
@@ -61,6 +71,16 @@ def train_verb(args: argparse.Namespace, overrides: Overrides) -> int:
         return 128 + outcome.stopped_by
     log.info("step %d reached; run directory %s", outcome.step, directory)
     return 0
+
+
+def is_finished(directory: Path, steps: int) -> bool:
+    """Whether a run directory was trained for `steps` steps and evaluated with the config it has now."""
+    told = ("finished", "start", "config_changed")
+    last = next((event for event in reversed(load_run(directory).events) if event.name in told), None)
+    if last is None or last.name != "finished" or last.step != steps or not (directory / CHECKPOINTS).is_dir():
+        return False
+    with Checkpoints(directory) as checkpoints:
+        return checkpoints.latest == steps
 
 
 def eval_verb(args: argparse.Namespace, overrides: Overrides) -> int:
@@ -80,18 +100,20 @@ def eval_verb(args: argparse.Namespace, overrides: Overrides) -> int:
     mesh = make_mesh(check_devices(experiment, jax.device_count()))
     with jax.set_mesh(mesh), Checkpoints(directory) as checkpoints:
         step = args.step if args.step is not None else checkpoints.latest
-        abstract, shardings = state_shardings(experiment.model, make_optimizer(experiment.train.optimizer, experiment.train.steps), mesh)
+        optimizer = make_optimizer(experiment.train.optimizer, experiment.train.steps)
+        abstract, shardings = state_shardings(experiment.model, optimizer, mesh)
         params = checkpoints.restore_params(abstract.params, shardings.params, step)
-        # Only `evals` may differ from what the directory says of itself, so the records stay this run's.
+        # Another mesh measures the same; anything else would put numbers of another model or task into this run.
         values, mark = to_dict(trained), fingerprint(trained)
-        writer = RunWriter(directory, values, mark) if is_main_process() and experiment == trained else NullWriter()
+        as_trained = replace(experiment, mesh=trained.mesh) == trained
+        writer = RunWriter(directory, values, mark) if is_main_process() and as_trained else NullWriter()
         with writer:
             for evaluator in build_evaluators(chosen, experiment.model, experiment.data.tokenizer):
                 for found in evaluator.run(params):
                     writer.measure(step, evaluator.name, found.name, found.value, found.count, found.where)
                     where = "  ".join(f"{k}={v}" for k, v in found.where.items())
                     print(f"{evaluator.name}  {found.name}  {found.value:.4f}  n={found.count}  {where}")
-    if experiment != trained:
+    if not as_trained:
         log.info("evaluated with changed values: printed only, not added to %s", directory / "records.jsonl")
     return 0
 
@@ -129,7 +151,8 @@ def show_verb(args: argparse.Namespace, overrides: Overrides) -> int:
     length = experiment.data.seq_len
     tokens = experiment.train.steps * experiment.data.batch_size * length
     flops = train_flops_per_token(experiment.model, length, counts)
-    print(f"\ntraining: {tokens:,} tokens in {experiment.train.steps:,} steps; {flops:.3g} FLOPs a token, {flops * tokens:.3g} in all")
+    print(f"\ntraining: {tokens:,} tokens in {experiment.train.steps:,} steps")
+    print(f"  {flops:.3g} FLOPs a token, {flops * tokens:.3g} in all")
     return 0
 
 

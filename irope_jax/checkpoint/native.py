@@ -1,8 +1,8 @@
 """Orbax checkpoints of a run: training state, place in the data, and what they belong to.
 
-A checkpoint is a directory `STEP/` with three items: `state` (arrays, sharded, readable into another mesh), `data` (JSON,
-the iterator's place) and `meta` (JSON: config and fingerprint). Orbax writes to a temporary name and renames, so a
-checkpoint that is there is whole. Arrays are stored by tensorstore; nothing in a checkpoint is ever executed.
+A checkpoint is a directory `STEP/` with three items: `state` (arrays, sharded, readable into another mesh), `data`
+(JSON, the iterator's place) and `meta` (JSON: config and fingerprint). Orbax writes to a temporary name and renames, so
+a checkpoint that is there is whole. Arrays are stored by tensorstore; nothing in a checkpoint is ever executed.
 """
 
 from __future__ import annotations
@@ -13,9 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from irope_jax.core.config import ConfigError
+
+CHECKPOINTS = "checkpoints"
+"""Where in a run directory they lie."""
 
 
 @dataclass(frozen=True)
@@ -44,10 +48,10 @@ class CheckpointError(RuntimeError):
 
 
 class Checkpoints:
-    """The checkpoints of one run directory. Saving is asynchronous; use as a context manager so that it is waited for."""
+    """The checkpoints of one run directory. Saving is asynchronous: use it as a context manager, which waits."""
 
     def __init__(self, run_directory: str | Path, config: CheckpointConfig | None = None, *, create: bool = False):
-        self.directory = Path(run_directory).absolute() / "checkpoints"
+        self.directory = Path(run_directory).absolute() / CHECKPOINTS
         if not create and not self.directory.is_dir():
             raise CheckpointError(f"{self.directory}: no checkpoints here; train first, or name another run directory")
         config = config or CheckpointConfig()
@@ -105,8 +109,8 @@ class Checkpoints:
           CheckpointError: nothing there, damaged, or of another shape.
         """
         target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
-        args = {"state": ocp.args.StandardRestore(target), "data": ocp.args.JsonRestore(), "meta": ocp.args.JsonRestore()}
-        restored = self._restore(step, args)
+        json = ocp.args.JsonRestore
+        restored = self._restore(step, {"state": ocp.args.StandardRestore(target), "data": json(), "meta": json()})
         return restored["state"], restored["data"], restored["meta"]
 
     def restore_params(self, abstract: Any, shardings: Any, step: int | None = None) -> Any:
@@ -130,6 +134,22 @@ class Checkpoints:
         except Exception as error:
             raise self._unreadable(step, error) from error
         return restored["params"]
+
+    def read(self, step: int | None = None) -> tuple[Any, Any, dict[str, Any]]:
+        """`(state, data, meta)` as they lie in the files, arrays as numpy: for comparing and looking, without a model.
+
+        Raises:
+          CheckpointError: nothing there, or damaged.
+        """
+        step = self._step(step)
+        place, handler = self._manager.directory / str(step) / "state", ocp.PyTreeCheckpointHandler()
+        try:
+            how = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), handler.metadata(place).tree)
+            state = handler.restore(place, args=ocp.args.PyTreeRestore(restore_args=how))
+        except Exception as error:
+            raise self._unreadable(step, error) from error
+        rest = self._restore(step, {"data": ocp.args.JsonRestore(), "meta": ocp.args.JsonRestore()})
+        return state, rest["data"], rest["meta"]
 
     def meta(self, step: int | None = None) -> dict[str, Any]:
         """What a checkpoint says of itself."""

@@ -1,1 +1,1 @@
-"""What a model can do, measured: parameters in, measurements out. Training calls these on schedule; so does `irope eval`."""
+"""What a model can do, measured: parameters in, measurements out. Training calls it on schedule, `irope eval` alone."""

@@ -1,7 +1,9 @@
-"""Forward passes that evaluations share: losses of every token, or predictions at a few places. Nothing is scored here."""
+"""Forward passes that evaluations share: losses of every token, predictions at a few places. Nothing is scored here."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -21,31 +23,40 @@ def rows_per_batch(batch_tokens: int, length: int) -> int:
     return max(1, batch_tokens // (length * parts)) * parts
 
 
+@functools.lru_cache(maxsize=8)
+def _forward(model: ModelConfig) -> Callable:
+    """The decoder, jitted: evaluations of one model that agree in shape share what takes long to compile."""
+    return jax.jit(lambda params, batch: hidden_states(model, params, batch.tokens, batch.info))
+
+
+@jax.jit
+def _losses(hidden_BTD, w_DV, targets_BT):
+    return token_losses(hidden_BTD, w_DV, targets_BT, shards=token_parts())
+
+
+@jax.jit
+def _at_places(hidden_BTD, w_DV, places_BQ, wanted_BQ):
+    hidden_BQD = jnp.take_along_axis(hidden_BTD, places_BQ[..., None], axis=1)
+    logits_BQV = jnp.einsum("BQD,DV->BQV", hidden_BQD, w_DV, preferred_element_type=jnp.float32)
+    nll_BQ = -jnp.take_along_axis(jax.nn.log_softmax(logits_BQV), wanted_BQ[..., None], axis=-1)[..., 0]
+    return logits_BQV.argmax(-1), nll_BQ
+
+
 class Scorer:
-    """Jitted forward passes of one model; compiled once per shape, whatever the parameters."""
+    """Forward passes of one model; compiled once per shape, whatever the parameters."""
 
     def __init__(self, model: ModelConfig):
-        def losses(params, batch: Batch):
-            hidden_BTD, w_DV = hidden_states(model, params, batch.tokens, batch.info)
-            return token_losses(hidden_BTD, w_DV, batch.targets, shards=token_parts())
-
-        def at_places(params, batch: Batch, places_BQ, wanted_BQ):
-            hidden_BTD, w_DV = hidden_states(model, params, batch.tokens, batch.info)
-            hidden_BQD = jnp.take_along_axis(hidden_BTD, places_BQ[..., None], axis=1)
-            logits_BQV = jnp.einsum("BQD,DV->BQV", hidden_BQD, w_DV, preferred_element_type=jnp.float32)
-            nll_BQ = -jnp.take_along_axis(jax.nn.log_softmax(logits_BQV), wanted_BQ[..., None], axis=-1)[..., 0]
-            return logits_BQV.argmax(-1), nll_BQ
-
-        self._losses, self._at_places = jax.jit(losses), jax.jit(at_places)
+        self._forward = _forward(model)
 
     def token_losses(self, params: Any, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         """`(nll_BT, correct_BT)` of every target, in nats."""
-        nll_BT, correct_BT = self._losses(params, _on_mesh(batch))
+        batch = _on_mesh(batch)
+        nll_BT, correct_BT = _losses(*self._forward(params, batch), batch.targets)
         return np.asarray(nll_BT), np.asarray(correct_BT)
 
     def predictions(self, params: Any, batch: Batch, places_BQ: np.ndarray, wanted_BQ: np.ndarray):
         """Most likely next token at `places_BQ`, and the loss in nats of `wanted_BQ` there."""
-        best_BQ, nll_BQ = self._at_places(params, _on_mesh(batch), places_BQ, wanted_BQ)
+        best_BQ, nll_BQ = _at_places(*self._forward(params, _on_mesh(batch)), places_BQ, wanted_BQ)
         return np.asarray(best_BQ), np.asarray(nll_BQ)
 
 

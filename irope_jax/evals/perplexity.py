@@ -1,11 +1,13 @@
 """How well text is predicted, by context length and by position: the honest curve of an extrapolating model.
 
-Windows do not overlap and each starts a document, so a token at position p has exactly p tokens of context. A model that
-uses its context has a curve that does not rise. Perplexity is no evidence of retrieval: read it beside `retrieval`.
+Windows do not overlap and each starts a document, so a token at position p has exactly p tokens of context. A model
+that uses its context has a curve that does not rise. Perplexity is no evidence of retrieval: read it beside
+`retrieval`.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -49,6 +51,13 @@ class Perplexity:
             if getattr(self, field) < 1:
                 raise ConfigError(field, getattr(self, field), "must be at least 1")
 
+    def check(self, tokenizer: TokenizerSpec) -> None:
+        """Nothing that can be known without reading the text."""
+
+    def windows(self, length: int) -> int:
+        """How many windows of a length to score."""
+        return max(1, self.tokens // length)
+
     def build(self, model: ModelConfig, tokenizer: TokenizerSpec) -> PerplexityEvaluator:
         return PerplexityEvaluator(self, model, tokenizer)
 
@@ -61,7 +70,7 @@ def check_lengths(lengths: tuple[int, ...]) -> None:
 def position_buckets(length: int) -> list[tuple[int, int]]:
     """`[0, 1), [1, 2), [2, 4), [4, 8) …` cut off at `length`."""
     edges = [0, *(2**k for k in range(length.bit_length()) if 2**k < length), length]
-    return list(zip(edges[:-1], edges[1:]))
+    return list(itertools.pairwise(edges))
 
 
 class PerplexityEvaluator:
@@ -70,11 +79,17 @@ class PerplexityEvaluator:
     def __init__(self, spec: Perplexity, model: ModelConfig, tokenizer: TokenizerSpec):
         self.spec, self.name, self._tokenizer = spec, spec.name, tokenizer
         self._scorer = Scorer(model)
+        for length in spec.lengths:  # too little text is said before a run, not in the middle of it
+            try:
+                eval_text(spec.source, tokenizer, length, spec.windows(length))
+            except ConfigError as error:
+                if error.field != "count":
+                    raise
+                raise ConfigError(f"config.evals.{spec.name}.tokens", spec.tokens, error.fix) from None
 
     def run(self, params: Any) -> Iterator[Measurement]:
         for length in self.spec.lengths:
-            windows = max(1, self.spec.tokens // length)
-            rows = rows_per_batch(self.spec.batch_tokens, length)
+            windows, rows = self.spec.windows(length), rows_per_batch(self.spec.batch_tokens, length)
             total_T, count_T = np.zeros(length), np.zeros(length, np.int64)
             for batch in eval_text(self.spec.source, self._tokenizer, length, windows, batch_size=rows):
                 nll_BT, _ = self._scorer.token_losses(params, batch)

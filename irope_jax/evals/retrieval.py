@@ -1,11 +1,12 @@
 """Can the model still find a fact, by context length and by how deep the fact lies?
 
-Samples come from `data.synthetic`, so that training and evaluation speak of the same task. A fact whose tokens lie on both
-sides of a chunk border cannot be put together by the layers that stop there; such facts are reported apart.
+Samples come from `data.synthetic`, so that training and evaluation speak of the same task. A fact whose tokens lie on
+both sides of a chunk border cannot be put together by the layers that stop there; such facts are reported apart.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -61,6 +62,30 @@ class Retrieval:
             if getattr(self, field) < 1:
                 raise ConfigError(field, getattr(self, field), "must be at least 1")
 
+    def check(self, tokenizer: TokenizerSpec) -> None:
+        """Raises `ConfigError` if samples of some length cannot be made; better now than after the training."""
+        for length in self.lengths:
+            task = self.task_at_end
+            try:
+                task.check(tokenizer, length + 1)
+            except ConfigError as error:
+                if error.field == "length":
+                    raise ConfigError("lengths", self.lengths, f"{error.fix}; {length} is too short") from None
+                raise error if error.field.startswith("tokenizer") else error.within("task") from None
+
+    @property
+    def task_at_end(self) -> Needle:
+        """The task with `facts` facts, all of them asked for at the end.
+
+        Raises:
+          ConfigError: the task has too few keys for that.
+        """
+        each = (self.facts, self.facts)
+        try:
+            return dataclasses.replace(self.task, queries="end", num_facts=each, num_queries=each, depths=())
+        except ConfigError as error:
+            raise ConfigError("facts", self.facts, f"the task cannot have that many: {error.fix}") from None
+
     def build(self, model: ModelConfig, tokenizer: TokenizerSpec) -> RetrievalEvaluator:
         return RetrievalEvaluator(self, model, tokenizer)
 
@@ -101,7 +126,8 @@ class RetrievalEvaluator:
                     cell = (self._depth_bin(sample.meta["depth"][q]), self._straddles(sample.meta, q))
                     right[cell].append(bool(hit[q]))
                     nll[cell].append(float(loss[q]))
-            bar.advance(len(group), length=f"{length:,}", accuracy=f"{np.mean(np.concatenate(list(right.values()))):.3f}")
+            so_far = np.mean(np.concatenate(list(right.values())))
+            bar.advance(len(group), length=f"{length:,}", accuracy=f"{so_far:.3f}")
         for cell in sorted(right):
             where = {"length": length, "depth": cell[0], "straddle": cell[1]}
             yield Measurement("accuracy", float(np.mean(right[cell])), len(right[cell]), where)
@@ -111,15 +137,7 @@ class RetrievalEvaluator:
         """One context whose facts are spread over all depths, each in its own part, at random within it."""
         facts = self.spec.facts
         depths = tuple((np.arange(facts) + rng.random(facts)) / facts)
-        return self.spec.task.sample(
-            rng,
-            length + 1,
-            self._tokenizer,
-            queries="end",
-            num_facts=(facts, facts),
-            num_queries=(facts, facts),
-            depths=depths,
-        )
+        return self.spec.task_at_end.sample(rng, length + 1, self._tokenizer, depths=depths)
 
     def _depth_bin(self, depth: float) -> float:
         bins = self.spec.depth_bins

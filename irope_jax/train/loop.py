@@ -7,10 +7,11 @@ What a step computes is in `step.py`, what survives a restart in `state.py`.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -98,8 +99,8 @@ def train(
 ) -> Outcome:
     """Train until `config.steps`, from the newest checkpoint in `directory` if there is one.
 
-    Bit-equal to an uninterrupted run wherever it is cut, on the same number of devices. SIGTERM and SIGINT save and
-    return after the step in hand.
+    Bit-equal to an uninterrupted run wherever it is cut, on the same number of devices, and so are its records. SIGTERM
+    and SIGINT save and return after the step or the measurement in hand; an evaluation cut short is done again.
 
     Raises:
       TrainingError: too many non-finite steps in a row.
@@ -108,12 +109,19 @@ def train(
     device_mesh = make_mesh(mesh)
     optimizer = make_optimizer(config.optimizer, config.steps)
     batches = make_iterator(data, process_index=jax.process_index(), process_count=jax.process_count())
-    with jax.set_mesh(device_mesh), Checkpoints(directory, checkpoint, create=True) as checkpoints, StopRequest() as stop:
+    with (
+        contextlib.closing(batches),
+        jax.set_mesh(device_mesh),
+        Checkpoints(directory, checkpoint, create=True) as checkpoints,
+        StopRequest() as stop,
+    ):
         # ---- where to start -----------------------------------------------------------------------------------------
         abstract, shardings = state_shardings(model, optimizer, device_mesh)
+        owed = False  # an evaluation that a signal cut short
         if checkpoints.latest is not None:
-            state, place, _ = checkpoints.restore(abstract, shardings)
+            state, place, saved = checkpoints.restore(abstract, shardings)
             batches.set_state(place)
+            owed = saved.get("evaluation_owed", False)
             log.info("resuming at step %d", int(state.step))
         else:
             state = init_state(model, optimizer, device_mesh, seed)
@@ -125,46 +133,64 @@ def train(
         writer.start(start)
 
         # ---- the step -----------------------------------------------------------------------------------------------
-        step_function = make_train_step(
-            model, optimizer, learning_rate(config.optimizer, config.steps), z_loss=config.z_loss, accumulate=config.accumulate
-        )
+        rate = learning_rate(config.optimizer, config.steps)
+        step_function = make_train_step(model, optimizer, rate, z_loss=config.z_loss, accumulate=config.accumulate)
         take_step = jax.jit(step_function, donate_argnums=0, out_shardings=(shardings, None))
         put = lambda batch: jax.tree.map(
             lambda x: jax.make_array_from_process_local_data(batch_sharding(device_mesh), np.asarray(x)), batch
         )
         meter = Meter(data.batch_size * data.seq_len, train_flops_per_token(model, data.seq_len))
+        measure = lambda step: evaluate(evaluators, state, step, writer, lambda: stop.signal is not None)
+
+        def stopped(step: int) -> Outcome:
+            writer.event(step, "stopped", signal=stop.signal.name)
+            return Outcome(step, int(stop.signal))
 
         # ---- the loop -----------------------------------------------------------------------------------------------
+        if owed and not measure(start):
+            return stopped(start)
         with ProgressBar("training", config.steps, done=start, quiet=not is_main_process()) as bar:
             for step in range(start + 1, config.steps + 1):
                 state, scalars = take_step(state, put(next(batches)))
                 last = step == config.steps
-                figures = {}
-                if step % config.log_every == 0 or last or step == start + 1:
+                figures, owed = {}, False
+                if step % config.log_every == 0 or last or step == 1:
                     scalars = {name: float(value) for name, value in scalars.items()}  # waits for the device
                     writer.train(step, scalars | meter.read(step))
                     figures = {"loss": f"{scalars['loss']:.3f}", "tokens/s": f"{meter.tokens_per_second:,.0f}"}
                     check_finite(scalars, step, config.max_skipped_in_a_row)
+                elif step == start + 1:
+                    jax.block_until_ready(scalars)  # it compiled: its time says nothing about speed
+                    meter.pause(step)
                 bar.advance(**figures)
                 if config.eval_every is not None and step % config.eval_every == 0 and not last:
-                    evaluate(evaluators, state, step, writer)
+                    owed = not measure(step)
                     meter.pause(step)
                 if step % checkpoint.every == 0 or last or stop.signal is not None:
-                    checkpoints.save(step, state, batches.get_state(), meta)
+                    checkpoints.save(step, state, batches.get_state(), {**meta, "evaluation_owed": owed})
                 if stop.signal is not None:
-                    writer.event(step, "stopped", signal=stop.signal.name)
-                    return Outcome(step, int(stop.signal))
+                    return stopped(step)
         checkpoints.wait()
-        evaluate(evaluators, state, config.steps, writer)
+        if not measure(config.steps):
+            return stopped(config.steps)
         writer.event(config.steps, "finished", skipped=int(state.skipped))
         return Outcome(config.steps)
 
 
-def evaluate(evaluators: Sequence[Evaluator], state: TrainState, step: int, writer: RunWriter | NullWriter) -> None:
-    """Run every evaluation on the state's parameters and record what it measures."""
+def evaluate(
+    evaluators: Sequence[Evaluator],
+    state: TrainState,
+    step: int,
+    writer: RunWriter | NullWriter,
+    stopped: Callable[[], bool] = lambda: False,
+) -> bool:
+    """Run every evaluation on the state's parameters and record what it measures; False if `stopped()` cut it short."""
     for evaluator in evaluators:
         for found in evaluator.run(state.params):
             writer.measure(step, evaluator.name, found.name, found.value, found.count, found.where)
+            if stopped():
+                return False
+    return True
 
 
 def check_finite(scalars: dict[str, float], step: int, limit: int) -> None:
