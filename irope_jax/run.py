@@ -6,7 +6,6 @@ import argparse
 import logging
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from rich.console import Console
 from irope_jax.checkpoint.native import CHECKPOINTS, CheckpointError, Checkpoints
 from irope_jax.core.config import ConfigError, fingerprint, nearest, to_dict
 from irope_jax.core.hosts import configure_logging, is_main_process
-from irope_jax.core.records import NullWriter, RecordError, RunWriter, load_run
+from irope_jax.core.records import ConfigChangedError, NullWriter, RecordError, RunWriter, load_run
 from irope_jax.evals.registry import build_evaluators
 from irope_jax.experiment import check_devices, load_config, resolve
 from irope_jax.model.config import draw_layers
@@ -44,8 +43,7 @@ def train_verb(args: argparse.Namespace, overrides: Overrides) -> int:
     values, mark = to_dict(experiment), fingerprint(experiment)
     # Before the run directory is made or told anything: what the config asks for may not be there.
     evaluators = build_evaluators(experiment.evals, experiment.model, experiment.data.tokenizer)
-    open_writer = partial(RunWriter, directory, values, mark, on_config_change=args.on_config_change)
-    with open_writer() if is_main_process() else NullWriter() as writer:
+    with _writer(directory, values, mark, args.on_config_change) as writer:
         if is_finished(directory, experiment.train.steps):
             log.info(
                 "%s is finished: step %d was reached and evaluated; nothing to do (raise train.steps with "
@@ -73,6 +71,18 @@ def train_verb(args: argparse.Namespace, overrides: Overrides) -> int:
     return 0
 
 
+def _writer(directory: Path, values: dict, mark: str, on_config_change: str) -> RunWriter | NullWriter:
+    if not is_main_process():
+        return NullWriter()
+    try:
+        return RunWriter(directory, values, mark, on_config_change=on_config_change)
+    except ConfigChangedError as error:
+        raise RecordError(
+            f"{directory}: begun with other values: {'; '.join(error.differences) or 'another version of this package'}; "
+            "choose another --run-dir, or go on with --on-config-change=accept"
+        ) from None
+
+
 def is_finished(directory: Path, steps: int) -> bool:
     """Whether a run directory was trained for `steps` steps and evaluated with the config it has now."""
     told = ("finished", "start", "config_changed")
@@ -98,10 +108,10 @@ def eval_verb(args: argparse.Namespace, overrides: Overrides) -> int:
     if not chosen:
         raise ConfigError("config.evals", [], "this config has no evaluations; see configs/quickstart.py for two")
     mesh = make_mesh(check_devices(experiment, jax.device_count()))
+    optimizer = make_optimizer(experiment.train.optimizer, experiment.train.steps)
+    abstract, shardings = state_shardings(experiment.model, optimizer, mesh)  # while no mesh is in force, as in train
     with jax.set_mesh(mesh), Checkpoints(directory) as checkpoints:
         step = args.step if args.step is not None else checkpoints.latest
-        optimizer = make_optimizer(experiment.train.optimizer, experiment.train.steps)
-        abstract, shardings = state_shardings(experiment.model, optimizer, mesh)
         params = checkpoints.restore_params(abstract.params, shardings.params, step)
         # Another mesh measures the same; anything else would put numbers of another model or task into this run.
         values, mark = to_dict(trained), fingerprint(trained)

@@ -46,7 +46,8 @@ def test_overrides_change_what_they_name_and_the_fingerprint_with_it():
 
 def test_a_config_may_build_on_its_neighbour(tmp_path):
     (tmp_path / "base_of_a_test.py").write_text("NAME = 'from the neighbour'\n")
-    (tmp_path / "x.py").write_text("import base_of_a_test\ndef get_config():\n    return {'name': base_of_a_test.NAME}\n")
+    text = "import base_of_a_test\ndef get_config():\n    return {'name': base_of_a_test.NAME}\n"
+    (tmp_path / "x.py").write_text(text)
     assert load_config(str(tmp_path / "x.py")) == {"name": "from the neighbour"}
 
 

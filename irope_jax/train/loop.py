@@ -111,11 +111,11 @@ def train(
     batches = make_iterator(data, process_index=jax.process_index(), process_count=jax.process_count())
     with (
         contextlib.closing(batches),
-        jax.set_mesh(device_mesh),
         Checkpoints(directory, checkpoint, create=True) as checkpoints,
         StopRequest() as stop,
     ):
         # ---- where to start -----------------------------------------------------------------------------------------
+        # No mesh is in force yet: parameters are initialised by running one short row, which no mesh would divide.
         abstract, shardings = state_shardings(model, optimizer, device_mesh)
         owed = False  # an evaluation that a signal cut short
         if checkpoints.latest is not None:
@@ -140,7 +140,10 @@ def train(
             lambda x: jax.make_array_from_process_local_data(batch_sharding(device_mesh), np.asarray(x)), batch
         )
         meter = Meter(data.batch_size * data.seq_len, train_flops_per_token(model, data.seq_len))
-        measure = lambda step: evaluate(evaluators, state, step, writer, lambda: stop.signal is not None)
+
+        def measure(step: int) -> bool:
+            with jax.set_mesh(device_mesh):
+                return evaluate(evaluators, state, step, writer, lambda: stop.signal is not None)
 
         def stopped(step: int) -> Outcome:
             writer.event(step, "stopped", signal=stop.signal.name)
@@ -149,7 +152,8 @@ def train(
         # ---- the loop -----------------------------------------------------------------------------------------------
         if owed and not measure(start):
             return stopped(start)
-        with ProgressBar("training", config.steps, done=start, quiet=not is_main_process()) as bar:
+        bar = ProgressBar("training", config.steps, done=start, quiet=not is_main_process())
+        with jax.set_mesh(device_mesh), bar:
             for step in range(start + 1, config.steps + 1):
                 state, scalars = take_step(state, put(next(batches)))
                 last = step == config.steps
