@@ -97,7 +97,7 @@ examples:
   irope eval runs/debug --step=200 --only=retrieval
   irope eval runs/debug --config.evals.1.lengths='(256, 1024, 4096)'
 """,
-        "Values are changed as in `irope train`: --config.a.b=VALUE; what was measured is then printed only, not recorded.",
+        "Values are changed as in `irope train`: --config.a.b=VALUE; what is measured is then printed, not recorded.",
     )
     evaluate.add_argument("run", metavar="RUN", help="run directory")
     evaluate.add_argument("--step", type=int, metavar="N", help="checkpoint to read (default: the newest)")

@@ -78,7 +78,7 @@ def _writer(directory: Path, values: dict, mark: str, on_config_change: str) -> 
         return RunWriter(directory, values, mark, on_config_change=on_config_change)
     except ConfigChangedError as error:
         raise RecordError(
-            f"{directory}: begun with other values: {'; '.join(error.differences) or 'another version of this package'}; "
+            f"{directory}: begun with other values: {'; '.join(error.differences) or 'of another version'}; "
             "choose another --run-dir, or go on with --on-config-change=accept"
         ) from None
 

@@ -167,11 +167,10 @@ def test_report_of_a_run_is_a_page_with_pictures(capfd, copy):
     code, out, err = irope(capfd, "report", copy)
     assert code == 0, err
     page = copy / "report" / "report.md"
-    named = re.search(r"^report: (.+)$", out, re.MULTILINE).group(1)
-    assert os.path.samefile(named, page) or os.path.exists(named)
+    assert os.path.samefile(re.search(r"^report: (.+)$", out, re.MULTILINE).group(1), page)
     pictures = re.findall(r"^picture: (.+\.png)$", out, re.MULTILINE)
     assert pictures and all(os.path.getsize(p) > 1000 for p in pictures)
-    assert all(os.path.basename(p) in open(named).read() for p in pictures)
+    assert all(os.path.basename(p) in page.read_text() for p in pictures)
 
 
 @pytest.mark.parametrize("file", ["state/manifest.ocdbt", "state/d/*", "data/metadata", "state/_METADATA"])

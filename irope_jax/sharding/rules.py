@@ -98,6 +98,8 @@ def tree_shardings(boxed: Any, mesh: Mesh) -> Any:
     def lay(path, leaf):
         if not isinstance(leaf, nn.LogicallyPartitioned):
             return NamedSharding(mesh, P())
+        if not hasattr(leaf.value, "shape"):  # optax leaves an empty node where a transformation skips a parameter
+            return leaf.value
         layout = spec(leaf.names)
         shape = leaf.value.shape
         for size, name, entry in zip(shape, leaf.names, layout):

@@ -64,7 +64,7 @@ def make_train_step(
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
         grads, sums = gradients(config, state.params, batch, z_loss=z_loss, accumulate=accumulate)
         weight = jnp.maximum(sums.weight_sum, 1e-9)
-        grad_norm = optax.global_norm(grads)
+        grad_norm = optax.tree.norm(grads)
         good = jnp.isfinite(grad_norm) & jnp.isfinite(sums.loss_sum)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
@@ -80,8 +80,8 @@ def make_train_step(
             "loss": sums.loss_sum / weight,
             "accuracy": sums.correct_sum / weight,
             "grad_norm": grad_norm,
-            "update_norm": optax.global_norm(updates),
-            "param_norm": optax.global_norm(after.params),
+            "update_norm": optax.tree.norm(updates),
+            "param_norm": optax.tree.norm(after.params),
             "learning_rate": jnp.asarray(rate(state.step), jnp.float32),
             "weight": sums.weight_sum,
             "skipped": after.skipped,
