@@ -57,7 +57,7 @@ def single(debug, batches):
 
 
 def test_three_steps_of_the_debug_config_give_the_recorded_numbers(single):
-    """Made by `python tests/train/test_step.py`; a change here is a change of what training computes."""
+    """Made by `python -m tests.train.test_step`; a change here is a change of what training computes."""
     golden = json.loads(GOLDEN.read_text())
     for found, wanted in zip(single[1], golden, strict=True):
         assert_close({name: found[name] for name in wanted}, wanted, rtol=2e-4, atol=1e-6, what="scalars of a step")
