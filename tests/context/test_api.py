@@ -89,6 +89,19 @@ def test_equals_one_device(arrays, mesh, mask, layout, slopes):
     assert_close(jax.device_get(found_grads), jax.device_get(wanted_grads), rtol=0, atol=2e-5, what="gradients")
 
 
+@pytest.mark.parametrize("mask", [Global(), Sliding(300), Chunked(256)], ids=["global", "sliding", "chunked"])
+def test_pieces_long_enough_for_blocks_to_be_skipped(mask):
+    """A device's piece does not start at the row the whole sequence promised; believing so would skip what it sees."""
+    length = 4096
+    rng = np.random.default_rng(0)
+    q, k, v = (jnp.asarray(rng.normal(size=(2, length, 1, H)).astype(np.float32)) for _ in range(3))
+    info = TokenInfo.single(2, length)
+    wanted = jax.jit(lambda q, k, v: attend(q, k, v, info, info, mask))(q, k, v)
+    with jax.set_mesh(make_mesh(MESHES["data 2 context 4"])):
+        found = jax.jit(lambda q, k, v: attend_sharded(q, k, v, info, info, mask))(q, k, v)
+    assert_close(jax.device_get(found), jax.device_get(wanted), rtol=0, atol=2e-6, what="output")
+
+
 def test_without_a_mesh_and_on_one_device_it_is_attend_itself(arrays):
     q, k, v, _ = arrays
     info = packed_and_padded()
