@@ -27,7 +27,7 @@ from irope_jax.core.records import NullWriter, RunWriter
 from irope_jax.data.pipeline import DataConfig, make_iterator
 from irope_jax.evals.evaluator import Evaluator
 from irope_jax.model.config import ModelConfig
-from irope_jax.model.cost import train_flops_per_token
+from irope_jax.model.cost import parameter_counts, train_flops_per_token
 from irope_jax.sharding.mesh import MeshConfig, make_mesh
 from irope_jax.sharding.rules import batch_sharding
 from irope_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
@@ -130,7 +130,8 @@ def train(
                     log.info("parameters from %s, step %s", config.init_from, source.latest)
                     state = state.replace(params=source.restore_params(abstract.params, shardings.params))
         start = int(state.step)
-        writer.start(start)
+        counts = parameter_counts(model)
+        writer.start(start, parameters=sum(counts.values()), devices=jax.device_count(), jax=jax.__version__)
 
         # ---- the step -----------------------------------------------------------------------------------------------
         rate = learning_rate(config.optimizer, config.steps)
@@ -139,7 +140,7 @@ def train(
         put = lambda batch: jax.tree.map(
             lambda x: jax.make_array_from_process_local_data(batch_sharding(device_mesh), np.asarray(x)), batch
         )
-        meter = Meter(data.batch_size * data.seq_len, train_flops_per_token(model, data.seq_len))
+        meter = Meter(data.batch_size * data.seq_len, train_flops_per_token(model, data.seq_len, counts))
 
         def measure(step: int) -> bool:
             with jax.set_mesh(device_mesh):
