@@ -77,9 +77,13 @@ def on_one_device(arrays, mask, layout, slopes):
 LAYOUTS = {"one document": one_document, "packed and padded": packed_and_padded}
 
 
-@pytest.mark.parametrize("mesh", MESHES)
-@pytest.mark.parametrize("mask", MASKS)
-@pytest.mark.parametrize(("layout", "slopes"), [("packed and padded", SLOPES), ("one document", None)])
+EACH = ("global", "chunked by document", "sliding")
+CASES = [(mesh, mask, "packed and padded", SLOPES) for mesh in MESHES for mask in EACH]
+CASES += [("data 2 context 4", mask, "one document", None) for mask in ("global", "chunked by document")]
+CASES += [("data 2 context 4", "chunked by row", "packed and padded", SLOPES)]
+
+
+@pytest.mark.parametrize(("mesh", "mask", "layout", "slopes"), CASES, ids=lambda x: x if isinstance(x, str) else "")
 def test_equals_one_device(arrays, mesh, mask, layout, slopes):
     wanted, wanted_grads = on_one_device(arrays, mask, layout, slopes)
     with jax.set_mesh(make_mesh(MESHES[mesh])):
