@@ -14,7 +14,10 @@ def get_config() -> ConfigDict:
     ffn = dict(kind="swiglu", hidden_dim=64)
     local = dict(position=dict(kind="rope"), mask=dict(kind="chunked", size=16), ffn=ffn, qk_norm="rms")
     far = dict(
-        position=dict(kind="nope"), mask=dict(kind="global"), temperature=dict(kind="log_floor", floor_scale=LENGTH), ffn=ffn
+        position=dict(kind="nope"),
+        mask=dict(kind="global"),
+        temperature=dict(kind="log_floor", floor_scale=LENGTH),
+        ffn=ffn,
     )
     config = ConfigDict()
     config.name = "debug"
@@ -29,7 +32,9 @@ def get_config() -> ConfigDict:
         pattern=(local, local, local, far),
         init_std=0.1,
     )
-    facts = dict(kind="needle", haystack=dict(kind="markov"), num_facts=(1, 2), num_queries=(1, 2), num_keys=16, num_values=16)
+    facts = dict(
+        kind="needle", haystack=dict(kind="markov"), num_facts=(1, 2), num_queries=(1, 2), num_keys=16, num_values=16
+    )
     config.data = dict(
         seq_len=LENGTH,
         batch_size=16,
@@ -41,7 +46,10 @@ def get_config() -> ConfigDict:
         packing=dict(kind="best_fit"),
     )
     config.train = dict(
-        steps=100, optimizer=dict(learning_rate=5e-3, schedule=dict(kind="cosine", warmup=10)), log_every=5, eval_every=50
+        steps=100,
+        optimizer=dict(learning_rate=5e-3, schedule=dict(kind="cosine", warmup=10)),
+        log_every=5,
+        eval_every=50,
     )
     config.checkpoint = dict(every=20)
     config.evals = (

@@ -3,8 +3,8 @@
     irope train --config=configs/pretrain_tiny.py                                   # one device
     irope train --config=configs/pretrain_tiny.py --config.mesh.fsdp=8 --config.mesh.data=1
 
-Documents are packed best-fit and each starts at a multiple of the chunk, so chunk-local layers stay local under packing.
-On two CPU cores a step of 16,384 tokens takes about 20 s; it is meant for an accelerator. Checkpoints allow both.
+Documents are packed best-fit and each starts at a multiple of the chunk, so chunk-local layers stay local under
+packing. Meant for an accelerator; a checkpoint made on one mesh is read on another.
 """
 
 from ml_collections import ConfigDict
@@ -18,7 +18,10 @@ def get_config() -> ConfigDict:
         position=dict(kind="rope", theta=500_000.0), mask=dict(kind="chunked", size=CHUNK), ffn=ffn, qk_norm="rms"
     )
     far = dict(
-        position=dict(kind="nope"), mask=dict(kind="global"), temperature=dict(kind="log_floor", floor_scale=1024), ffn=ffn
+        position=dict(kind="nope"),
+        mask=dict(kind="global"),
+        temperature=dict(kind="log_floor", floor_scale=1024),
+        ffn=ffn,
     )
     config = ConfigDict()
     config.name = "pretrain_tiny"

@@ -67,7 +67,7 @@ def test_sums_and_gradients_at_every_chunk(chunk, z_loss):
 def test_gradient_scales_with_what_is_done_to_the_sum():
     hidden, w, targets, weights = case()
     _, d_h, d_w, _, _ = definition(hidden, w, targets, weights)
-    loss = lambda h, w: losses.chunked_cross_entropy(h, w, targets, weights, chunk=5).loss_sum  # noqa: E731
+    loss = lambda h, w: losses.chunked_cross_entropy(h, w, targets, weights, chunk=5).loss_sum
     grads = jax.grad(lambda h, w: 3.0 * loss(h, w) / weights.sum(), (0, 1))(hidden, w)
     np.testing.assert_allclose(grads[0], 3 * d_h / weights.sum(), atol=1e-6)
     np.testing.assert_allclose(grads[1], 3 * d_w / weights.sum(), atol=1e-6)
@@ -93,7 +93,7 @@ def test_ties_are_not_hits():
 def test_low_precision_inputs_keep_float32_sums_and_their_own_gradient_types():
     hidden, w, targets, weights = case(dtype=jnp.bfloat16)
     sums, d_h, d_w, _, _ = definition(hidden.astype(jnp.float32), w.astype(jnp.float32), targets, weights)
-    loss = lambda h, w: losses.chunked_cross_entropy(h, w, targets, weights, chunk=8).loss_sum  # noqa: E731
+    loss = lambda h, w: losses.chunked_cross_entropy(h, w, targets, weights, chunk=8).loss_sum
     value, grads = jax.jit(jax.value_and_grad(loss, (0, 1)))(hidden, w)
     np.testing.assert_allclose(value, sums[0], rtol=1e-5)  # products of bfloat16 are exact in float32
     assert [g.dtype for g in grads] == [jnp.bfloat16] * 2
@@ -113,7 +113,7 @@ def test_no_array_of_batch_length_vocabulary_and_the_fewest_products():
     length, wide = 64, 256
     args = [jax.ShapeDtypeStruct(s, t) for s, t in (((1, length, D), "float32"), ((D, wide), "float32"))]
     targets, weights = np.zeros((1, length), np.int32), np.ones((1, length), np.float32)
-    loss = lambda h, w: losses.chunked_cross_entropy(h, w, targets, weights, chunk=8).loss_sum  # noqa: E731
+    loss = lambda h, w: losses.chunked_cross_entropy(h, w, targets, weights, chunk=8).loss_sum
     for function, products in ((loss, 1), (jax.value_and_grad(loss, (0, 1)), 3)):
         program = jax.jit(function).lower(*args).compile().as_text()
         assert hlo.matmul_flops(program) == products * 2 * length * D * wide
@@ -128,7 +128,7 @@ def test_split_over_devices_under_plain_jit(spec, shards):
     mesh = Mesh(np.array(jax.devices()[:8]).reshape(4, 2), ("data", "rest"))
     hidden, w, targets, weights = case(batch=8, length=32)
     sums, d_h, d_w, _, _ = definition(hidden, w, targets, weights)
-    place = lambda x: jax.device_put(x, NamedSharding(mesh, spec))  # noqa: E731
+    place = lambda x: jax.device_put(x, NamedSharding(mesh, spec))
     loss = jax.jit(
         jax.value_and_grad(
             lambda h, w, t, m: losses.chunked_cross_entropy(h, w, t, m, chunk=16, shards=shards).loss_sum, (0, 1)

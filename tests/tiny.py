@@ -18,7 +18,13 @@ def values(*overrides: tuple[str, str]) -> dict:
     plain = dict(
         name="tiny",
         model=dict(
-            vocab_size=288, d_model=16, num_layers=2, num_heads=2, num_kv_heads=2, head_dim=8, pattern=(local, far),
+            vocab_size=288,
+            d_model=16,
+            num_layers=2,
+            num_heads=2,
+            num_kv_heads=2,
+            head_dim=8,
+            pattern=(local, far),
             attention="reference",
         ),
         data=dict(

@@ -1,1 +1,1 @@
-"""Words every room speaks: configuration, token coordinates, run records, comparisons, hosts. No mathematics of models."""
+"""Words every room speaks: configuration, token coordinates, run records, comparisons, hosts."""

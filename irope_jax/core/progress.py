@@ -65,5 +65,5 @@ class ProgressBar:
     def _line(self) -> None:
         self._printed = time.monotonic()
         speed = (self.done - self._done_before) / max(self._printed - self._began, 1e-9)
-        left = f"{(self.total - self.done) / speed:.0f} s left" if 0 < speed and self.done < self.total else ""
+        left = f"{(self.total - self.done) / speed:.0f} s left" if speed > 0 and self.done < self.total else ""
         print(f"{self.what} {self.done}/{self.total}  {self._figures}  {left}".rstrip(), file=sys.stderr, flush=True)

@@ -78,13 +78,17 @@ class ModelConfig:
                 raise ConfigError(name, getattr(self, name), "must be at least 1")
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
-                "num_kv_heads", self.num_kv_heads, f"must divide num_heads={self.num_heads}, so that key heads are shared evenly"
+                "num_kv_heads",
+                self.num_kv_heads,
+                f"must divide num_heads={self.num_heads}, so that key heads are shared evenly",
             )
         if not self.pattern:
             raise ConfigError("pattern", self.pattern, "needs at least one layer")
         for i, layer in enumerate(self.pattern):
             if isinstance(layer.position, RoPE) and self.head_dim % 2:
-                raise ConfigError("head_dim", self.head_dim, f"layer {i} of the pattern rotates pairs: use an even width")
+                raise ConfigError(
+                    "head_dim", self.head_dim, f"layer {i} of the pattern rotates pairs: use an even width"
+                )
 
     @property
     def layers(self) -> tuple[LayerSpec, ...]:

@@ -1,6 +1,6 @@
 """Self-attention of one layer: project, rotate, norm, scale by temperature, attend, project back.
 
-What is specific to a position encoding, a mask or a temperature is asked of their rooms; no case of theirs is told apart here.
+What is specific to a position encoding, a mask or a temperature is asked of their rooms; no case is told apart here.
 """
 
 from __future__ import annotations

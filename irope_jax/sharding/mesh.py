@@ -40,7 +40,9 @@ class MeshConfig:
         sizes = self.sizes
         for axis, size in sizes.items():
             if size == 0 or size < -1:
-                raise ConfigError(axis, size, "a mesh axis is a positive number of devices, or -1 for all that are left")
+                raise ConfigError(
+                    axis, size, "a mesh axis is a positive number of devices, or -1 for all that are left"
+                )
         free = [axis for axis, size in sizes.items() if size == -1]
         if len(free) > 1:
             raise ConfigError(free[1], -1, f"only one axis may be -1, and {free[0]} already is")
@@ -61,7 +63,9 @@ class MeshConfig:
             if size == -1:
                 if device_count % fixed:
                     raise ConfigError(
-                        axis, size, f"the other axes take {fixed} devices, which does not divide the {device_count} present"
+                        axis,
+                        size,
+                        f"the other axes take {fixed} devices, which does not divide the {device_count} present",
                     )
                 return replace(self, **{axis: device_count // fixed})
         if fixed != device_count:
@@ -69,7 +73,7 @@ class MeshConfig:
             raise ConfigError(
                 axis,
                 sizes[axis],
-                f"the mesh takes {fixed} devices but {device_count} are present; set one axis to -1 to use what is there",
+                f"the mesh takes {fixed} devices but {device_count} are present; set one axis to -1 to use them",
             )
         return self
 
@@ -83,6 +87,4 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     """The `jax.sharding.Mesh` of a config over `devices` (all devices of all processes by default)."""
     devices = list(devices) if devices is not None else jax.devices()
     config = config.fill(len(devices))
-    return jax.make_mesh(
-        tuple(config.sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices
-    )
+    return jax.make_mesh(tuple(config.sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)

@@ -53,7 +53,9 @@ def spec(names: Sequence[str | None]) -> P:
         for axis in (entry,) if isinstance(entry, str) else entry or ():
             if axis in taken:
                 raise ShardingError(
-                    "logical axes", tuple(names), f"{taken[axis]!r} and {name!r} both go to mesh axis {axis!r}; rename one"
+                    "logical axes",
+                    tuple(names),
+                    f"{taken[axis]!r} and {name!r} both go to mesh axis {axis!r}; rename one",
                 )
             taken[axis] = name
         entries.append(entry)
@@ -112,7 +114,7 @@ def tree_shardings(boxed: Any, mesh: Mesh) -> Any:
                 raise ShardingError(
                     f"mesh.{axes[-1]}",
                     parts,
-                    f"does not divide axis {name!r} of size {size} of {where} {tuple(shape)}; choose a divisor of {size}",
+                    f"does not divide axis {name!r} of size {size} of {where} {tuple(shape)}; use a divisor of {size}",
                 )
         return NamedSharding(mesh, layout)
 

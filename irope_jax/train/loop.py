@@ -238,5 +238,3 @@ def memory_in_use() -> int:
     """Peak bytes: of the first local device where it tells, else of this process."""
     stats = jax.local_devices()[0].memory_stats() or {}
     return stats.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-

@@ -92,7 +92,9 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     peak, spec = config.learning_rate, config.schedule
     rest = steps - spec.warmup - (spec.decay if isinstance(spec, WarmupStableDecay) else 0)
     if rest < 0:
-        raise ConfigError("schedule", spec, f"warm-up and decay take more than the {steps} steps of the run; shorten them")
+        raise ConfigError(
+            "schedule", spec, f"warm-up and decay take more than the {steps} steps of the run; shorten them"
+        )
     # The first step is already at peak / (warmup + 1), not at zero: a zero-rate step would be wasted.
     warm = optax.linear_schedule(peak / (spec.warmup + 1), peak, max(spec.warmup, 1))
     match spec:

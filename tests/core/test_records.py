@@ -206,7 +206,7 @@ def test_a_damaged_line_is_named(tmp_path, damage, says):
     [
         ('{\n "config": {\n', "line 3: not JSON"),
         ('{"config": {}}', "no 'config' with its 'fingerprint'"),
-        ('[]', "no 'config'"),
+        ("[]", "no 'config'"),
         ('{"format": 99, "config": {}, "fingerprint": "a"}', "format 99, this version reads 1"),
     ],
 )

@@ -36,7 +36,9 @@ def params_of(config):
 def packed(*lengths, total):
     """Documents of these lengths side by side, padding after them."""
     positions = np.concatenate([np.arange(n) for n in lengths] + [np.zeros(total - sum(lengths), int)])
-    segments = np.concatenate([np.full(n, i + 1) for i, n in enumerate(lengths)] + [np.zeros(total - sum(lengths), int)])
+    segments = np.concatenate(
+        [np.full(n, i + 1) for i, n in enumerate(lengths)] + [np.zeros(total - sum(lengths), int)]
+    )
     as_row = lambda x: jnp.asarray(x, jnp.int32)[None]
     return TokenInfo(as_row(positions), as_row(segments), as_row(np.arange(total)), first_row=0)
 
@@ -116,7 +118,7 @@ def test_the_scan_over_the_period_is_a_loop_over_the_layers():
     info = TokenInfo.single(2, 10)
     x = params["embedding"][tokens]
     for i, spec in enumerate(config.layers):
-        weights = jax.tree.map(lambda w: w[i // 4], params["periods"][f"layer_{i % 4}"])
+        weights = jax.tree.map(lambda w, repeat=i // 4: w[repeat], params["periods"][f"layer_{i % 4}"])
         x = DecoderLayer(config, spec).apply({"params": weights}, x, info)
     x = x * jax.lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + config.norm_eps)
     assert_close(hidden_states(config, params, tokens, info)[0], x, what="hidden states")
@@ -127,7 +129,9 @@ def test_remat_changes_no_gradient(remat):
     tokens, info = jax.random.randint(jax.random.key(1), (2, 10), 0, 32), TokenInfo.single(2, 10)
     plain, kept = irope(), irope(remat=remat)
     params = params_of(plain)
-    grad = lambda config: jax.jit(jax.grad(lambda p: jnp.square(hidden_states(config, p, tokens, info)[0]).mean()))(params)
+    grad = lambda config: jax.jit(jax.grad(lambda p: jnp.square(hidden_states(config, p, tokens, info)[0]).mean()))(
+        params
+    )
     assert_close(grad(kept), grad(plain), what=f"gradients with remat {remat}")
 
 

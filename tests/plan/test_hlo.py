@@ -79,9 +79,7 @@ def test_an_inner_product_of_vectors_is_not_a_matrix_product():
 )
 def test_convolutions_count_as_the_compiler_counts_them(strides, padding, lhs_dilation, rhs_dilation, groups):
     def convolve(x, w):
-        return lax.conv_general_dilated(
-            x, w, strides, padding, lhs_dilation, rhs_dilation, feature_group_count=groups
-        )
+        return lax.conv_general_dilated(x, w, strides, padding, lhs_dilation, rhs_dilation, feature_group_count=groups)
 
     program = compiled(convolve, shape(2, 6, 16, 15), shape(9, 6 // groups, 3, 5))
     assert hlo.matmul_flops(program.as_text()) == program.cost_analysis()["flops"]

@@ -27,7 +27,9 @@ def test_every_schedule_warms_up_evenly_to_its_peak(schedule):
 
 def test_after_warm_up_each_schedule_has_its_shape():
     after = np.arange(91) / 90
-    np.testing.assert_allclose(rates(Cosine(10, final=0.1))[10:], 0.1 + 0.9 * (1 + np.cos(np.pi * after)) / 2, atol=1e-5)
+    np.testing.assert_allclose(
+        rates(Cosine(10, final=0.1))[10:], 0.1 + 0.9 * (1 + np.cos(np.pi * after)) / 2, atol=1e-5
+    )
     np.testing.assert_allclose(rates(Linear(10))[10:], 1 - after, atol=1e-5)
     assert (rates(ConstantRate(10))[10:] == 1).all()
     wsd = rates(WarmupStableDecay(10, 20))
@@ -53,7 +55,9 @@ def test_weight_decay_leaves_what_the_patterns_name():
 def test_clipping_scales_the_whole_gradient():
     gradient = {"a": jnp.full(4, 30.0), "b": jnp.full(4, 40.0)}
     params = {"a": jnp.zeros(4), "b": jnp.zeros(4)}
-    config = OptimizerConfig(learning_rate=1.0, schedule=ConstantRate(), weight_decay=0.0, clip_norm=1.0, b1=0.0, eps=1.0)
+    config = OptimizerConfig(
+        learning_rate=1.0, schedule=ConstantRate(), weight_decay=0.0, clip_norm=1.0, b1=0.0, eps=1.0
+    )
     optimizer = make_optimizer(config, 10)
     updates, _ = optimizer.update(gradient, optimizer.init(params), params)
     clipped = np.array([0.3, 0.4])  # global norm 100 -> 1

@@ -42,7 +42,9 @@ def run(experiment, batches, mesh: MeshConfig, devices=None, **step_options):
         _, shardings = state_shardings(experiment.model, optimizer, mesh)
         state = init_state(experiment.model, optimizer, mesh, experiment.seed)
         rate = learning_rate(config.optimizer, config.steps)
-        step = jax.jit(make_train_step(experiment.model, optimizer, rate, **step_options), out_shardings=(shardings, None))
+        step = jax.jit(
+            make_train_step(experiment.model, optimizer, rate, **step_options), out_shardings=(shardings, None)
+        )
         scalars = []
         for batch in batches:
             batch = jax.tree.map(lambda x: jax.device_put(np.asarray(x), batch_sharding(mesh)), batch)
@@ -63,14 +65,21 @@ def test_three_steps_of_the_debug_config_give_the_recorded_numbers(single):
         assert_close({name: found[name] for name in wanted}, wanted, rtol=2e-4, atol=1e-6, what="scalars of a step")
 
 
-MESHES = [MeshConfig(data=8), MeshConfig(data=2, fsdp=4), MeshConfig(data=2, fsdp=2, tensor=2), MeshConfig(fsdp=2, context=2, tensor=2)]
+MESHES = [
+    MeshConfig(data=8),
+    MeshConfig(data=2, fsdp=4),
+    MeshConfig(data=2, fsdp=2, tensor=2),
+    MeshConfig(fsdp=2, context=2, tensor=2),
+]
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=lambda m: "-".join(f"{k}{v}" for k, v in m.sizes.items() if v != 1))
 def test_every_mesh_trains_as_one_device_does(debug, batches, single, mesh):
     state, scalars = run(debug, batches, mesh.fill(8))
     assert_close([s["loss"] for s in scalars], [s["loss"] for s in single[1]], rtol=1e-5, atol=1e-5, what="losses")
-    assert_close(jax.device_get(state.params), jax.device_get(single[0].params), rtol=1e-4, atol=2e-5, what="parameters")
+    assert_close(
+        jax.device_get(state.params), jax.device_get(single[0].params), rtol=1e-4, atol=2e-5, what="parameters"
+    )
 
 
 def test_accumulated_parts_give_the_gradient_of_the_whole(debug, batches, single):
@@ -100,7 +109,9 @@ def test_z_loss_pulls_the_partition_function_towards_one(debug, batches):
         from irope_jax.model.decoder import logits
 
         batch: Batch = batches[0]
-        return float(jnp.square(jax.nn.logsumexp(logits(debug.model, state.params, batch.tokens, batch.info), -1)).mean())
+        return float(
+            jnp.square(jax.nn.logsumexp(logits(debug.model, state.params, batch.tokens, batch.info), -1)).mean()
+        )
 
     assert z(pulled) < 0.9 * z(plain)
 
