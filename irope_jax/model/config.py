@@ -50,8 +50,10 @@ class ModelConfig:
       pattern: the layers that repeat, first layer first.
       output_head: `tied` uses the embedding again, `untied` has a matrix of its own.
       norm_eps: added to the mean square in every RMS norm.
-      init_std: standard deviation of the initial weights; projections back into the residual stream get
-        `init_std / sqrt(2 L)`.
+      init_std: standard deviation of the initial weights.
+      embedding_init_std: that of the embedding; None means `init_std`.
+      residual_init_std: that of the projections back into the residual stream; None means `init_std / sqrt(2 L)`. Near
+        zero, a layer starts as the identity and a deep model learns at first like a shallow one.
       remat: what the backward pass finds saved: `none` recomputes nothing, `full` keeps only each layer's input,
         `dots` also keeps products of weights and activations.
       attention: implementation asked of `attention.attend`; None lets it choose.
@@ -68,6 +70,8 @@ class ModelConfig:
     output_head: Literal["tied", "untied"] = "tied"
     norm_eps: float = 1e-5
     init_std: float = 0.02
+    embedding_init_std: float | None = None
+    residual_init_std: float | None = None
     remat: Literal["none", "full", "dots"] = "none"
     attention: str | None = None
     precision: Precision = Precision()
@@ -89,6 +93,12 @@ class ModelConfig:
                 raise ConfigError(
                     "head_dim", self.head_dim, f"layer {i} of the pattern rotates pairs: use an even width"
                 )
+
+    @property
+    def residual_std(self) -> float:
+        """Standard deviation of the initial projections back into the residual stream."""
+        given = self.residual_init_std
+        return self.init_std / (2 * self.num_layers) ** 0.5 if given is None else given
 
     @property
     def layers(self) -> tuple[LayerSpec, ...]:

@@ -34,9 +34,7 @@ class DecoderLayer(nn.Module):
         norm = lambda name: RMSNorm(cfg.norm_eps, cfg.precision, name=name)
         x_BTD = constrain(x_BTD, "batch", "length", "features")
         x_BTD = x_BTD + SelfAttention(cfg, self.layer, name="attention")(norm("attention_norm")(x_BTD), info)
-        feed_forward = FeedForward(
-            self.layer.ffn, cfg.precision, cfg.init_std, cfg.init_std / (2 * cfg.num_layers) ** 0.5, name="feed_forward"
-        )
+        feed_forward = FeedForward(self.layer.ffn, cfg.precision, cfg.init_std, cfg.residual_std, name="feed_forward")
         return x_BTD + feed_forward(norm("feed_forward_norm")(x_BTD))
 
 
@@ -70,8 +68,12 @@ class Decoder(nn.Module):
         cfg = self.config
         params = jnp.dtype(cfg.precision.params)
         init = nn.initializers.normal(cfg.init_std)
+        init_embedding = init if cfg.embedding_init_std is None else nn.initializers.normal(cfg.embedding_init_std)
         self.embedding = self.param(
-            "embedding", nn.with_logical_partitioning(init, ("vocab", "embed")), (cfg.vocab_size, cfg.d_model), params
+            "embedding",
+            nn.with_logical_partitioning(init_embedding, ("vocab", "embed")),
+            (cfg.vocab_size, cfg.d_model),
+            params,
         )
         if cfg.output_head == "untied":
             self.head = self.param(
@@ -101,7 +103,10 @@ class Decoder(nn.Module):
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Any:
-    """Fresh parameters, boxed with their logical axes (`sharding.tree_shardings` reads them)."""
+    """Fresh parameters, boxed with their logical axes (`sharding.tree_shardings` reads them).
+
+    Call it with no mesh in force: it runs the model on one token, which no mesh divides.
+    """
     # Shapes do not depend on how attention is computed; the plain definition on one token is the least to compile.
     config = dataclasses.replace(config, attention="reference", remat="none")
     return Decoder(config).init(key, jnp.zeros((1, 1), jnp.int32), TokenInfo.single(1, 1))["params"]

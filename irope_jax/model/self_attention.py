@@ -46,7 +46,7 @@ class SelfAttention(nn.Module):
             "out",
             ("heads", "head_dim", "embed"),
             (cfg.num_heads, cfg.head_dim, cfg.d_model),
-            cfg.init_std / (2 * cfg.num_layers) ** 0.5,
+            cfg.residual_std,
         )
         q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, w_q_DNH)
         k_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, w_k_DKH)

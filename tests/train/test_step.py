@@ -38,9 +38,9 @@ def run(experiment, batches, mesh: MeshConfig, devices=None, **step_options):
     """Parameters and scalars after one step per batch."""
     config, mesh = experiment.train, make_mesh(mesh, devices)
     optimizer = make_optimizer(config.optimizer, config.steps)
+    _, shardings = state_shardings(experiment.model, optimizer, mesh)
+    state = init_state(experiment.model, optimizer, mesh, experiment.seed)
     with jax.set_mesh(mesh):
-        _, shardings = state_shardings(experiment.model, optimizer, mesh)
-        state = init_state(experiment.model, optimizer, mesh, experiment.seed)
         rate = learning_rate(config.optimizer, config.steps)
         step = jax.jit(
             make_train_step(experiment.model, optimizer, rate, **step_options), out_shardings=(shardings, None)
@@ -102,8 +102,8 @@ def test_a_step_that_is_not_finite_changes_only_its_counters(debug, batches, sin
 
 
 def test_z_loss_pulls_the_partition_function_towards_one(debug, batches):
-    plain, _ = run(debug, batches, MeshConfig(), jax.devices()[:1])
-    pulled, _ = run(debug, batches, MeshConfig(), jax.devices()[:1], z_loss=10.0)
+    plain, _ = run(debug, batches * 3, MeshConfig(), jax.devices()[:1])
+    pulled, _ = run(debug, batches * 3, MeshConfig(), jax.devices()[:1], z_loss=10.0)
 
     def z(state):
         from irope_jax.model.decoder import logits
