@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from irope_jax.core.config import ConfigError
 from irope_jax.core.types import TokenInfo
 from irope_jax.model.config import LayerSpec, ModelConfig
 from irope_jax.model.feed_forward import FeedForward
@@ -58,8 +59,8 @@ class Decoder(nn.Module):
     """Tokens and their coordinates to hidden states.
 
     Parameters of the layers are stacked over the repeats of the period (leading axis R), whatever the depth, so compile
-    time does not grow with it. They do not depend on positions, masks or temperatures: another `pattern` with the same
-    shapes reads the same checkpoint.
+    time does not grow with it. They do not depend on positions, masks or temperatures: a model with another `pattern`
+    of the same shapes uses the same parameters, after `restack` if its period is another.
     """
 
     config: ModelConfig
@@ -110,6 +111,27 @@ def init_params(config: ModelConfig, key: jax.Array) -> Any:
     # Shapes do not depend on how attention is computed; the plain definition on one token is the least to compile.
     config = dataclasses.replace(config, attention="reference", remat="none")
     return Decoder(config).init(key, jnp.zeros((1, 1), jnp.int32), TokenInfo.single(1, 1))["params"]
+
+
+def restack(params: Any, source: ModelConfig, target: ModelConfig) -> Any:
+    """Parameters of `source` stacked as `target` scans over them: layer i stays layer i, whatever the periods.
+
+    Raises:
+      ConfigError: the two have different numbers of layers.
+    """
+    if source.num_layers != target.num_layers:
+        raise ConfigError(
+            "num_layers", target.num_layers, f"the parameters are of a model with {source.num_layers} layers"
+        )
+    old, new = len(source.period), len(target.period)
+    if old == new:
+        return params
+    stacks = params["periods"]
+    layers = [
+        jax.tree.map(lambda w, repeat=i // old: w[repeat], stacks[f"layer_{i % old}"]) for i in range(source.num_layers)
+    ]
+    restacked = {f"layer_{i}": jax.tree.map(lambda *w: jnp.stack(w), *layers[i::new]) for i in range(new)}
+    return {**params, "periods": restacked}
 
 
 def hidden_states(

@@ -31,7 +31,7 @@ from irope_jax.model.cost import parameter_counts, train_flops_per_token
 from irope_jax.sharding.mesh import MeshConfig, make_mesh
 from irope_jax.sharding.rules import batch_sharding
 from irope_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
-from irope_jax.train.state import TrainState, init_state, state_shardings
+from irope_jax.train.state import TrainState, init_state, params_from, state_shardings
 from irope_jax.train.step import make_train_step
 
 log = logging.getLogger(__name__)
@@ -126,9 +126,9 @@ def train(
         else:
             state = init_state(model, optimizer, device_mesh, seed)
             if config.init_from is not None:
-                with Checkpoints(config.init_from) as source:
-                    log.info("parameters from %s, step %s", config.init_from, source.latest)
-                    state = state.replace(params=source.restore_params(abstract.params, shardings.params))
+                params, step = params_from(config.init_from, model, device_mesh, shardings.params)
+                log.info("parameters from %s, step %d", config.init_from, step)
+                state = state.replace(params=params)
         start = int(state.step)
         counts = parameter_counts(model)
         writer.start(start, parameters=sum(counts.values()), devices=jax.device_count(), jax=jax.__version__)

@@ -9,11 +9,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
+from irope_jax.checkpoint.native import CheckpointError, Checkpoints
+from irope_jax.core.config import from_dict
 from irope_jax.model.config import ModelConfig
-from irope_jax.model.decoder import init_params
+from irope_jax.model.decoder import init_params, restack
 from irope_jax.sharding.rules import tree_shardings
 
 
@@ -58,5 +59,25 @@ def init_state(config: ModelConfig, optimizer: optax.GradientTransformation, mes
     return jax.jit(lambda: nn.meta.unbox(_create(config, optimizer, seed)), out_shardings=shardings)()
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
-    return NamedSharding(mesh, P())
+def params_from(run_directory: str, config: ModelConfig, mesh: Mesh, shardings: Any) -> tuple[Any, int]:
+    """`(params, step)`: the newest parameters of another run, restacked for `config` and laid out by `shardings`.
+
+    Raises:
+      CheckpointError: nothing there, or parameters of other shapes.
+      ConfigError: another number of layers.
+    """
+    with Checkpoints(run_directory) as source:
+        trained = from_dict(ModelConfig, source.meta()["config"]["model"], "init_from.model")
+        boxed = jax.eval_shape(lambda: init_params(trained, jax.random.key(0)))
+        params = source.restore_params(nn.meta.unbox(boxed), tree_shardings(boxed, mesh))
+        step = source.latest
+    moved = jax.jit(lambda p: restack(p, trained, config), out_shardings=shardings)(params)
+    wanted = jax.eval_shape(lambda: nn.meta.unbox(init_params(config, jax.random.key(0))))
+    for (path, found), want in zip(jax.tree_util.tree_leaves_with_path(moved), jax.tree.leaves(wanted), strict=True):
+        if found.shape != want.shape:
+            name = jax.tree_util.keystr(path, simple=True, separator="/")
+            raise CheckpointError(
+                f"{run_directory}: {name} has shape {found.shape}, this model needs {want.shape}; "
+                "start from a run with the same widths, or set config.train.init_from=None"
+            )
+    return moved, step

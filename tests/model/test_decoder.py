@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from irope_jax.attention.mask import Chunked, Global, Sliding
-from irope_jax.core.numerics import assert_close
+from irope_jax.core.config import ConfigError
+from irope_jax.core.numerics import assert_close, assert_equal_trees
 from irope_jax.core.types import TokenInfo
 from irope_jax.model.config import LayerSpec, ModelConfig, draw_layers, irope_layers
-from irope_jax.model.decoder import Decoder, DecoderLayer, hidden_states, init_params, logits
+from irope_jax.model.decoder import Decoder, DecoderLayer, hidden_states, init_params, logits, restack
 from irope_jax.model.feed_forward import SwiGLU
 from irope_jax.position.encoding import NoPE, RoPE
 from irope_jax.position.temperature import LogFloor
@@ -122,6 +123,21 @@ def test_the_scan_over_the_period_is_a_loop_over_the_layers():
         x = DecoderLayer(config, spec).apply({"params": weights}, x, info)
     x = x * jax.lax.rsqrt(jnp.mean(x**2, -1, keepdims=True) + config.norm_eps)
     assert_close(hidden_states(config, params, tokens, info)[0], x, what="hidden states")
+
+
+def test_restacked_parameters_stay_with_their_layer():
+    """A model of one repeated layer, run as a period of 4: layer i must read the weights that were layer i's."""
+    spec = LayerSpec(RoPE(), Global(), FFN)
+    one, four = model(spec, layers=8), irope(num_layers=8)
+    params = params_of(four)
+    moved = restack(params, four, one)
+    for i in range(8):
+        left = jax.tree.map(lambda w, i=i: w[i // 4], params["periods"][f"layer_{i % 4}"])
+        right = jax.tree.map(lambda w, i=i: w[i], moved["periods"]["layer_0"])
+        assert_equal_trees(right, left, what=f"layer {i}")
+    assert_equal_trees(restack(moved, one, four), params, what="there and back")
+    with pytest.raises(ConfigError, match="8 layers"):
+        restack(params, four, irope())
 
 
 @pytest.mark.parametrize("remat", ["full", "dots"])
