@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 from irope_jax.checkpoint.native import CheckpointConfig, Checkpoints
-from irope_jax.core.config import ConfigError
+from irope_jax.core.config import ConfigError, to_dict
 from irope_jax.core.hosts import StopRequest, is_main_process
 from irope_jax.core.progress import ProgressBar
 from irope_jax.core.records import NullWriter, RunWriter
@@ -172,7 +172,9 @@ def train(
                     owed = not measure(step)
                     meter.pause(step)
                 if step % checkpoint.every == 0 or last or stop.signal is not None:
-                    checkpoints.save(step, state, batches.get_state(), {**meta, "evaluation_owed": owed})
+                    checkpoints.save(
+                        step, state, batches.get_state(), {**meta, "model": to_dict(model), "evaluation_owed": owed}
+                    )
                 if stop.signal is not None:
                     return stopped(step)
         checkpoints.wait()

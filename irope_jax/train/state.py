@@ -67,7 +67,7 @@ def params_from(run_directory: str, config: ModelConfig, mesh: Mesh, shardings: 
       ConfigError: another number of layers.
     """
     with Checkpoints(run_directory) as source:
-        trained = from_dict(ModelConfig, source.meta()["config"]["model"], "init_from.model")
+        trained = from_dict(ModelConfig, source.meta()["model"], "init_from.model")
         boxed = jax.eval_shape(lambda: init_params(trained, jax.random.key(0)))
         params = source.restore_params(nn.meta.unbox(boxed), tree_shardings(boxed, mesh))
         step = source.latest
