@@ -1,4 +1,4 @@
-"""A 10M-parameter iRoPE model on novels at 1,024 bytes: pretraining as it is done at size, shrunk.
+"""A 13M-parameter iRoPE model on novels at 1,024 bytes: pretraining as it is done at size, shrunk.
 
     irope train --config=configs/pretrain_tiny.py                                   # one device
     irope train --config=configs/pretrain_tiny.py --config.mesh.fsdp=8 --config.mesh.data=1
