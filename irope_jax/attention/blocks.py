@@ -15,7 +15,8 @@ import flax.struct
 import jax.numpy as jnp
 import numpy as np
 
-from irope_jax.attention.mask import Chunked, Global, MaskSpec, block_range, row_bounds
+from irope_jax.attention.mask import Chunked, Global, MaskSpec, Sliding, block_range, row_bounds
+from irope_jax.attention.panels import Panel
 from irope_jax.core.types import PAD_SEGMENT, Array, TokenInfo
 
 TILE = 2**18
@@ -58,6 +59,41 @@ class Pass:
         """Tiles visited for one batch row and key head."""
         return sum(max(h - l + 1, 0) for l, h in zip(self.low, self.high))
 
+    @property
+    def rows_of_tiles(self) -> int:
+        """Blocks of queries; each walks over the keys once."""
+        return len(self.low)
+
+    @property
+    def entries(self) -> tuple[jnp.ndarray, jnp.ndarray, jnp.ndarray]:
+        """int32 arrays of equal length: a block of queries, and the first and last block of keys it visits."""
+        blocks = [(i, l, h) for i, (l, h) in enumerate(zip(self.low, self.high)) if l <= h]
+        return tuple(jnp.array(x, jnp.int32) for x in zip(*blocks))
+
+
+@dataclass(frozen=True, eq=False)
+class Route:
+    """A `Pass` whose way is known only on its device: how many tiles is static, which ones is not.
+
+    Attributes:
+      block_q, block_k: tokens per block; they divide the axes.
+      entries: as in `Pass`; every entry visits `width` blocks of keys. A block of queries may have several entries.
+      width: blocks of keys per entry.
+    """
+
+    block_q: int
+    block_k: int
+    entries: tuple[jnp.ndarray, jnp.ndarray, jnp.ndarray]
+    width: int
+
+    @property
+    def visits(self) -> int:
+        return len(self.entries[0]) * self.width
+
+    @property
+    def rows_of_tiles(self) -> int:
+        return len(self.entries[0])
+
 
 @dataclass(frozen=True)
 class BlockPlan:
@@ -67,11 +103,13 @@ class BlockPlan:
       rows: batch rows per tile; divides the batch.
       heads: key heads (each with its group of query heads) per tile; divides the number of key heads.
       passes: walked one after the other, for instance large tiles inside and small ones along the diagonal.
+      sure: every tile visited holds a visible pair, so that nothing is left to be skipped at run time.
     """
 
     rows: int
     heads: int
-    passes: tuple[Pass, ...]
+    passes: tuple[Pass | Route, ...]
+    sure: bool = False
 
     def cost(self, batch: int, key_heads: int, group: int) -> float:
         """Scores computed, plus what reading, writing, looping and missing the cache cost in scores."""
@@ -102,13 +140,15 @@ def fold(info: TokenInfo, length: int) -> TokenInfo:
         return x.reshape(-1, length)
 
     rows = (cut(info.rows) - info.first_row) % length
-    return TokenInfo(cut(info.positions), cut(info.segments), rows, first_row=0)
+    return TokenInfo(cut(info.positions), cut(info.segments), rows, first_row=0, unbroken=info.unbroken)
 
 
 def plan_blocks(mask: MaskSpec, q_info: TokenInfo, k_info: TokenInfo, key_heads: int, group: int) -> BlockPlan:
     """The plan of least `BlockPlan.cost` over the block lengths in `BLOCKS`."""
     batch, q_length = q_info.shape
     k_length = k_info.shape[1]
+    ordered = q_info.first_row is not None and k_info.first_row is not None
+    sure = ordered and isinstance(mask, Global) and q_info.unbroken and k_info.unbroken
     plans = []
     for block in BLOCKS:
         block_q, block_k = min(block, q_length), min(block, k_length)
@@ -116,12 +156,53 @@ def plan_blocks(mask: MaskSpec, q_info: TokenInfo, k_info: TokenInfo, key_heads:
             block_k = min(4 * block, k_length)
         size = tile(batch, key_heads, group, block_q * block_k)
         low, high = bounds(mask, q_info, k_info, block_q, block_k)
-        plans.append(BlockPlan(*size, (Pass(block_q, block_k, low, high),)))
+        plans.append(BlockPlan(*size, (Pass(block_q, block_k, low, high),), sure))
         if (passes := coarse_and_fine(mask, q_info, k_info, block)) is not None:
-            plans.append(BlockPlan(*size, passes))
+            plans.append(BlockPlan(*size, passes, sure))
         if block >= max(q_length, k_length):
             break
     return min(plans, key=lambda plan: plan.cost(batch, key_heads, group))
+
+
+def plan_panels(
+    panels: tuple[Panel, ...], mask: MaskSpec, q_info: TokenInfo, k_info: TokenInfo, key_heads: int, group: int
+) -> BlockPlan:
+    """The tiles that cover `panels`: one panel of all places, or panels of the past that may start anywhere."""
+    if len(panels) == 1 and panels[0].relation == "same":
+        # Rows may have gaps between places; nothing is visible that places in a row would not show.
+        in_order = lambda info: info.replace(first_row=0, document_multiple=1)
+        if isinstance(mask, Chunked):
+            mask = Sliding(mask.size)
+        return plan_blocks(mask, in_order(q_info), in_order(k_info), key_heads, group)
+    loose = lambda info: info.replace(first_row=None)
+    block = route_block(panels, q_info.shape[0], key_heads, group)
+    if block is None:  # visiting more tiles than the panels have is safe: coordinates decide
+        return plan_blocks(mask, loose(q_info), loose(k_info), key_heads, group)
+    width = panels[0].k_length // block
+    index, low = [], []
+    for panel in panels:
+        steps = jnp.arange(panel.q_length // block, dtype=jnp.int32)
+        index.append(panel.q_start // block + steps)
+        low.append(jnp.broadcast_to(panel.k_start // block, steps.shape).astype(jnp.int32))
+    index, low = jnp.concatenate(index), jnp.concatenate(low)
+    sure = isinstance(mask, Global) and q_info.unbroken and k_info.unbroken
+    rows, heads = tile(q_info.shape[0], key_heads, group, block * block)
+    return BlockPlan(rows, heads, (Route(block, block, (index, low, low + width - 1), width),), sure)
+
+
+def route_block(panels: tuple[Panel, ...], batch: int, key_heads: int, group: int) -> int | None:
+    """Block length of least cost that divides every panel; `None` if none does or rows may stand in any order."""
+    lengths = {p.q_length for p in panels} | {p.k_length for p in panels}
+    if any(p.relation != "past" for p in panels) or len({p.k_length for p in panels}) != 1:
+        return None
+    common = math.gcd(*lengths)
+    plans = {}
+    for block in {*BLOCKS, *(common // n for n in range(1, 9) if common % n == 0)}:
+        if common % block == 0 and block <= 2 * BLOCKS[-1]:
+            size = tile(batch, key_heads, group, block * block)
+            way = Pass(block, block, (0,) * (common // block), (common // block - 1,) * (common // block))
+            plans[block] = BlockPlan(*size, (way,)).cost(batch, key_heads, group)
+    return min(plans, key=plans.get) if plans else None
 
 
 def coarse_and_fine(mask: MaskSpec, q_info: TokenInfo, k_info: TokenInfo, block: int) -> tuple[Pass, Pass] | None:

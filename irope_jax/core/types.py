@@ -44,6 +44,10 @@ class TokenInfo:
       document_multiple: static promise. Every document of every row starts at a row index divisible by this number,
         and within a document positions and rows count up together. 1 promises nothing; 0 says that documents start at
         row 0 only (one document per row, padding after it). Chunks counted by document then have borders at known rows.
+      unbroken: static promise. Every row is one document without padding, positions equal to rows: coordinates can be
+        computed anywhere and need not travel.
+      zigzag: static promise. The places are rows `0 … T-1` in the zigzag order of `context.layout` over this many
+        pieces; `first_row` is then `None`.
     """
 
     positions: Array
@@ -51,6 +55,8 @@ class TokenInfo:
     rows: Array
     first_row: int | None = flax.struct.field(pytree_node=False, default=None)
     document_multiple: int = flax.struct.field(pytree_node=False, default=1)
+    unbroken: bool = flax.struct.field(pytree_node=False, default=False)
+    zigzag: int | None = flax.struct.field(pytree_node=False, default=None)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -60,14 +66,15 @@ class TokenInfo:
     def single(cls, batch: int, length: int, *, start: int = 0) -> TokenInfo:
         """One document per row, unpadded: positions `start … start + length - 1` at rows of the same number."""
         rows = jnp.broadcast_to(jnp.arange(start, start + length, dtype=jnp.int32), (batch, length))
-        return cls(rows, jnp.ones_like(rows), rows, first_row=start, document_multiple=0)
+        return cls(rows, jnp.ones_like(rows), rows, first_row=start, document_multiple=0, unbroken=True)
 
     def take(self, index, axis: int = 1) -> TokenInfo:
-        """The coordinates of a selection of places (any order). The promise about row order is dropped."""
-        pick = lambda x: jnp.take(x, index, axis=axis)
-        return self.replace(
-            positions=pick(self.positions), segments=pick(self.segments), rows=pick(self.rows), first_row=None
-        )
+        """The coordinates of a selection of places (any order). Promises about the order of places are dropped."""
+        return self.map(lambda x: jnp.take(x, index, axis=axis)).replace(first_row=None, zigzag=None)
+
+    def map(self, function) -> TokenInfo:
+        """The same promises with `function` applied to each of the three arrays."""
+        return jax.tree.map(function, self)
 
 
 @flax.struct.dataclass
