@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
+import jax
 import jax.numpy as jnp
+from jax.sharding import AxisType
 
-from irope_jax.attention.blockwise import attend_blockwise
+from irope_jax.attention import blockwise
+from irope_jax.attention.kernels import splash
 from irope_jax.attention.mask import Chunked, Global, MaskSpec, Sliding
+from irope_jax.attention.panels import Pieces, Relation
 from irope_jax.attention.reference import attend_reference
 from irope_jax.core.config import ConfigError, nearest
 from irope_jax.core.types import Array, TokenInfo
@@ -20,7 +24,15 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Case:
-    """What is known of a call while tracing; implementations say by it what they cannot do."""
+    """What is known of a call while tracing; implementations say by it what they cannot do.
+
+    Attributes:
+      slopes: whether ALiBi is asked for.
+      offset: row of the first query minus row of the first key, both in row order; `None` if that is not promised.
+      platform: `cpu`, `tpu` or `gpu`: of the mesh in force, else the default one.
+      shared: some mesh axis of several devices is left to the compiler (not inside a `shard_map` over it).
+      relations: of the panels, if pieces are asked for (`choose_pieces`); `offset` is then unknown.
+    """
 
     batch: int
     q_length: int
@@ -31,6 +43,10 @@ class Case:
     dtype: str
     mask: MaskSpec
     slopes: bool
+    offset: int | None = None
+    platform: str = "cpu"
+    shared: bool = False
+    relations: tuple[Relation, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -41,15 +57,29 @@ class Implementation:
       run: the function; arguments of `attend` without `impl`, `scale` given.
       refuses: why a case cannot be done, or `None` if it can.
       chosen: whether to take it when nobody asks for one; the first row that says yes and does not refuse wins.
+      pieces: how it folds over pieces of keys, if it can.
     """
 
     run: Callable[..., Array]
     refuses: Callable[[Case], str | None]
     chosen: Callable[[Case], bool]
+    pieces: Pieces | None = None
+
+
+def _splash_refuses(case: Case) -> str | None:
+    return splash.refuses(
+        platform=case.platform, width=case.width, mask=case.mask, slopes=case.slopes, shared=case.shared,
+        offset=case.offset, lengths=(case.q_length, case.k_length), relations=case.relations,
+    )  # fmt: skip
 
 
 IMPLEMENTATIONS: dict[str, Implementation] = {
-    "blockwise": Implementation(attend_blockwise, refuses=lambda case: None, chosen=lambda case: True),
+    "splash": Implementation(
+        splash.attend_splash, _splash_refuses, chosen=lambda case: case.platform == "tpu", pieces=splash.PIECES
+    ),
+    "blockwise": Implementation(
+        blockwise.attend_blockwise, refuses=lambda case: None, chosen=lambda case: True, pieces=blockwise.PIECES
+    ),
     "reference": Implementation(attend_reference, refuses=lambda case: None, chosen=lambda case: False),
 }
 
@@ -92,6 +122,42 @@ def attend(
     return IMPLEMENTATIONS[name].run(q_BTNH, k_BSKH, v_BSKH, q_info, k_info, mask, scale=scale, slopes=slopes)
 
 
+def choose_pieces(
+    q_BNTH: Array,
+    k_BKSH: Array,
+    mask: MaskSpec,
+    relations: Iterable[Relation],
+    *,
+    slopes: Array | None = None,
+    impl: str | None = None,
+) -> tuple[str, Pieces]:
+    """Name and functions of the implementation that is to fold panels (`attention.panels`) of such relations.
+
+    Args:
+      q_BNTH, k_BKSH: shapes and types of what is folded at a time (arrays or `ShapeDtypeStruct`s), per device.
+      relations: of all panels that will be folded with what is returned.
+      impl: name of a row of `IMPLEMENTATIONS`; `None` chooses the first that is meant for the case.
+
+    Raises:
+      ConfigError: an implementation that does not exist, folds no pieces, or cannot do these.
+    """
+    (b, n, t, h), (_, kv, s, _) = q_BNTH.shape, k_BKSH.shape
+    platform, shared = _surroundings()
+    case = Case(
+        b, t, s, n, kv, h, str(q_BNTH.dtype), mask, slopes is not None, platform=platform, shared=shared,
+        relations=tuple(sorted(set(relations))),
+    )  # fmt: skip
+    name = _choose(case, impl)
+    return name, IMPLEMENTATIONS[name].pieces
+
+
+def _surroundings() -> tuple[str, bool]:
+    """Platform that is traced for, and whether some mesh axis of several devices is left to the compiler."""
+    mesh = jax.sharding.get_abstract_mesh()
+    axes = zip(mesh.axis_sizes, mesh.axis_types)
+    return splash.platform(), any(size > 1 and kind != AxisType.Manual for size, kind in axes)
+
+
 def _case(q, k, v, q_info, k_info, mask, slopes) -> Case:
     if not isinstance(mask, (Global, Chunked, Sliding)):
         raise ConfigError("mask", mask, "give a mask: Global(), Chunked(size) or Sliding(size)")
@@ -115,17 +181,25 @@ def _case(q, k, v, q_info, k_info, mask, slopes) -> Case:
         raise ConfigError("slopes.shape", slopes.shape, f"one slope per query head: expected ({n},)")
     if 0 in (b, t, s):
         raise ConfigError("q.shape", (b, t, n, h), f"nothing to attend: batch {b}, {t} queries, {s} keys")
-    return Case(b, t, s, n, kv, h, str(q.dtype), mask, slopes is not None)
+    ordered = q_info.first_row is not None and k_info.first_row is not None
+    offset = q_info.first_row - k_info.first_row if ordered else None
+    return Case(b, t, s, n, kv, h, str(q.dtype), mask, slopes is not None, offset, *_surroundings())
+
+
+def _refuses(row: Implementation, case: Case) -> str | None:
+    if case.relations and row.pieces is None:
+        return "it does not fold over pieces of keys"
+    return row.refuses(case)
 
 
 @lru_cache(maxsize=1024)
 def _choose(case: Case, impl: str | None) -> str:
     """Cached, so that each distinct case is logged once."""
     if impl is None:
-        name = next(n for n, row in IMPLEMENTATIONS.items() if row.chosen(case) and row.refuses(case) is None)
+        name = next(n for n, row in IMPLEMENTATIONS.items() if row.chosen(case) and _refuses(row, case) is None)
     elif impl not in IMPLEMENTATIONS:
         raise ConfigError("impl", impl, f"unknown implementation; {nearest(impl, IMPLEMENTATIONS)}")
-    elif (reason := IMPLEMENTATIONS[impl].refuses(case)) is not None:
+    elif (reason := _refuses(IMPLEMENTATIONS[impl], case)) is not None:
         raise ConfigError("impl", impl, f"cannot do this case: {reason}")
     else:
         name = impl
