@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
+from dataclasses import dataclass
 from fractions import Fraction
 
 from irope_jax.plan.hlo.text import Computation, Instruction, Program
@@ -21,7 +22,18 @@ _PAIRS = re.compile(r'source_target_pairs="?=?"?\{((?:\{\d+,\s*\d+\},?\s*)*)\}')
 _PASSING = ("copy", "bitcast", "convert", "copy-done", "copy-start", "transpose", "reshape", "optimization-barrier")
 
 
-def collective_sent(op: Instruction, inside: Computation, program: Program) -> tuple[str, dict[str, Fraction]] | None:
+@dataclass(frozen=True)
+class Operand:
+    """A value that a computation was given: the number of its parameter."""
+
+    place: int
+
+
+Scope = str | tuple[Operand, str]
+"""A path of names, or that of whatever the caller passed as an operand and, if nothing says, the path beside it."""
+
+
+def collective_sent(op: Instruction, inside: Computation, program: Program) -> tuple[str, dict[Scope, Fraction]] | None:
     """`(kind, bytes by scope)` that a device sends in `op`; None if it is no collective, or one counted elsewhere.
 
     The compiler merges collectives of several layers into one with many operands; each operand's bytes then go to the
@@ -42,10 +54,11 @@ def collective_sent(op: Instruction, inside: Computation, program: Program) -> t
     share = _share(kind, op, program)
     # The others carry sizes, offsets and the buffer to fill beside what they send.
     names = op.operands[:1] if kind in OTHERS else op.operands
-    sent: Counter[str] = Counter()
+    sent: Counter[Scope] = Counter()
     for name in names:
         source = inside.operand(op, name)
-        scope = op.scope if len(names) == 1 else _made_by(source, inside, program) or op.scope
+        scope = op.scope if len(names) == 1 else made_by(source, inside, program) or op.scope
+        scope = (scope, op.scope) if isinstance(scope, Operand) else scope
         sent[scope] += share * sum(array.bytes for array in source.arrays)
     if kind == "collective-permute" and (window := re.search(r"slice_sizes=\{\{([\d,]*)\}", op.attributes)):
         # Written in place: operands are two buffers and offsets, and a window of the first is sent.
@@ -74,14 +87,20 @@ def _keeps_slices(op: Instruction, inside: Computation) -> bool:
     return bool(slices)
 
 
-def _made_by(op: Instruction, inside: Computation, program: Program) -> str:
-    """Scope of what made a value, looking through copies, tuples and fusions; "" if nothing says."""
+def made_by(op: Instruction, inside: Computation, program: Program) -> str | Operand:
+    """Scope of what made a value, looking through copies, tuples and fusions; "" if nothing says.
+
+    An `Operand` if the computation was given the value: its caller knows.
+    """
     index, callers = None, []  # element of a tuple; fusions that were entered, innermost last
     while True:
         if op.opcode == "get-tuple-element":
             index = int(re.search(r"index=(\d+)", op.attributes)[1])
-        elif op.opcode == "parameter" and callers:
-            (fusion, inside), place = callers.pop(), int(op.inside)
+        elif op.opcode == "parameter" and index is None:
+            place = int(op.inside)
+            if not callers:
+                return Operand(place)
+            fusion, inside = callers.pop()
             op = inside.instructions[fusion.operands[place]]
             continue
         elif op.opcode == "fusion" and (index is not None or not op.scope):

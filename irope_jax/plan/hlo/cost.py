@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from irope_jax.plan.hlo.collectives import collective_sent
+from irope_jax.plan.hlo.collectives import Operand, Scope, collective_sent, made_by
 from irope_jax.plan.hlo.loops import rounds
 from irope_jax.plan.hlo.products import product_flops
 from irope_jax.plan.hlo.text import Computation, Instruction, Program, parse
@@ -137,7 +137,7 @@ class HloCost:
 
     def table(self) -> str:
         """What is sent, a line per layer, phase and kind, largest first."""
-        found = sorted(self.bytes_by("layer", "phase", "kind").items(), key=lambda item: -item[1])
+        found = sorted(self.bytes_by("layer", "phase", "kind").items(), key=lambda item: (-item[1], item[0]))
         times = _totals(self.collectives, ("layer", "phase", "kind"), lambda sent: sent.times)
         lines = [f"{'layer':<10} {'phase':<11} {'collective':<19} {'times':>8} {'bytes a device':>18}"]
         for key, count in found:
@@ -155,7 +155,9 @@ def analyse(text: str) -> HloCost:
     program = parse(text)
     walk = _Walk(program)
     cost = walk.cost(program.entry)
-    collectives = [Sent(scope, n, kind, float(size)) for (kind, scope, size), n in cost.sent.items() if size and n]
+    collectives = [
+        Sent(_path(scope), n, kind, float(size)) for (kind, scope, size), n in cost.sent.items() if size and n
+    ]
     products = [Product(scope, n, flops) for (scope, flops), n in cost.products.items() if n]
     kernels = [OpaqueCall(scope, n, target) for (target, scope), n in cost.opaque.items() if n]
     most_first = lambda work: (-work.total, work.scope)
@@ -187,6 +189,10 @@ def matmul_flops(text: str) -> int:
     return cost.matmul_flops_max
 
 
+def _path(scope: Scope) -> str:
+    return scope[1] if isinstance(scope, tuple) else scope
+
+
 def _totals(works: Iterable[Work], names: tuple[str, ...], amount=lambda work: work.total) -> dict:
     sums: Counter = Counter()
     for work in works:
@@ -212,15 +218,14 @@ class _Cost:
     def most(self) -> int:
         return sum(flops * times for (_, flops), times in self.products.items())
 
-    def add(self, other: _Cost, caller: Instruction, times: int = 1) -> None:
-        """Add what `caller` runs `times` times; what carries no scope of its own is done for the caller's."""
+    def add(self, other: _Cost, times: int = 1, scope_of=lambda scope: scope) -> None:
         self.least += times * other.least
         for (kind, scope, size), count in other.sent.items():
-            self.sent[kind, scope or caller.scope, size] += times * count
+            self.sent[kind, scope_of(scope), size] += times * count
         for (scope, flops), count in other.products.items():
-            self.products[scope or caller.scope, flops] += times * count
+            self.products[scope_of(scope), flops] += times * count
         for (target, scope), count in other.opaque.items():
-            self.opaque[target, scope or caller.scope] += times * count
+            self.opaque[target, scope_of(scope)] += times * count
 
 
 class _Walk:
@@ -237,7 +242,7 @@ class _Walk:
             computation = self.program.computations[name]
             for instruction in computation.instructions.values():
                 if found := self._instruction(instruction, computation):
-                    total.add(found, instruction)
+                    total.add(found)
             self._costs[name] = total
         return self._costs[name]
 
@@ -249,7 +254,7 @@ class _Walk:
         total = _Cost()
         if op.opcode.removesuffix("-start") in _CALLERS:
             for name in op.called("calls", "to_apply", "called_computations"):
-                total.add(self.cost(name), op)
+                self._call(total, name, op, inside)
         if op.opcode in ("dot", "convolution", "custom-call") and not (total.products or total.sent):
             flops = product_flops(op, inside.operand_arrays(op))
             if flops:
@@ -263,6 +268,19 @@ class _Walk:
                 total.sent[kind, scope, size] += 1
         return total if total.products or total.sent or total.opaque else None
 
+    def _call(self, total: _Cost, name: str, op: Instruction, inside: Computation, times: int = 1) -> None:
+        """Add what `op` runs; what carries no scope of its own is done for that of `op`, or of its operands."""
+
+        def scope_of(scope: Scope) -> Scope:
+            if isinstance(scope, tuple):
+                operand, otherwise = scope
+                made = made_by(inside.instructions[op.operands[operand.place]], inside, self.program)
+                otherwise = otherwise or op.scope
+                return (made, otherwise) if isinstance(made, Operand) else made or otherwise
+            return scope or op.scope
+
+        total.add(self.cost(name), times, scope_of)
+
     def _loop(self, op: Instruction, inside: Computation) -> _Cost:
         times = rounds(op, inside, self.program)
         if times is None:
@@ -270,7 +288,7 @@ class _Walk:
             times = 1
         total = _Cost()
         for name in op.called("body", "condition"):
-            total.add(self.cost(name), op, times)
+            self._call(total, name, op, inside, times)
         return total
 
     def _conditional(self, op: Instruction) -> _Cost:
