@@ -32,6 +32,8 @@ Far = Literal["auto", "ring", "all_to_all", "gather"]
 Near = Literal["auto", "local", "halo", "ring", "all_to_all", "gather"]
 Gradients = Literal["float32", "keys"]
 
+NO_ORDER = "needs the order of the tokens, which the coordinates do not promise; place the batch, or set this to auto"
+
 
 @dataclass(frozen=True)
 class ContextConfig:
@@ -252,8 +254,7 @@ def _near(ways: _Ways, wish: str) -> Decision:
         return ways.forced("near", wish)
     if layout is None:
         if wish != "auto":
-            fix = f"{wish} needs the order of the tokens, which these coordinates do not promise; place the batch with "
-            raise ConfigError("context.near", wish, fix + "ContextLayout.place, or set context.near to auto")
+            raise ConfigError("context.near", wish, NO_ORDER)
         return ways.unknown_order()
     if ways.halo_rows == 0:
         return ways.make("local", f"no query looks across the border of a run of {ways.run} rows")
@@ -369,6 +370,8 @@ class _Ways:
         why = f"context.{field} asks for it"
         if wish != "all_to_all":
             return {"ring": self.ring, "gather": self.gather}[wish](why)
+        if self.layout is None:
+            raise ConfigError(f"context.{field}", wish, NO_ORDER)
         options = self.all_to_all(why)
         if not options:
             s = self.shape
