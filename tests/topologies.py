@@ -45,6 +45,6 @@ def tpu_mesh(topology: str, **sizes: int) -> Mesh:
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[: math.prod(shape)])
 
 
-def described(mesh: Mesh, shape: tuple[int, ...], dtype, spec: P = P()) -> jax.ShapeDtypeStruct:
-    """An argument for `lower`: shape, type and where it lies."""
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+def described(mesh: Mesh, shape: tuple[int, ...], dtype, spec: P | None = None) -> jax.ShapeDtypeStruct:
+    """An argument for `lower`: shape, type and where it lies (everywhere, without a `spec`)."""
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec or P()))

@@ -1,13 +1,13 @@
 """Splash attention on TPUs: whole attention (`attend_splash`) and folds over pieces of keys (`PIECES`).
 
 Our coordinates become two things the kernel knows. Which blocks to visit, causality and a sliding window come from
-promised rows (`TokenInfo.first_row`). Documents, padding and chunks become one number per token; a query sees keys of its
-own number only. What the kernel cannot do, `refuses` says. The calls themselves are in `splash_calls`.
+promised rows (`TokenInfo.first_row`). Documents, padding and chunks become one number per token; a query sees keys of
+its own number only. What the kernel cannot do, `refuses` says. The calls themselves are in `splash_calls`.
 
-Queries enter in float32, multiplied by the scale: the factor costs no rounding, and outputs and their gradients come back
-in float32. Pieces hand over keys and values in float32 too where their gradients are asked for, so nothing a ring adds
-up has been rounded. Inside, weights and their gradients are rounded to the type of the values before the products with
-them, as flash kernels do.
+Queries enter in float32, multiplied by the scale: the factor costs no rounding, and outputs and gradients of queries
+come back in float32. Pieces hand over keys and values in float32 too where their gradients are asked for, so nothing a
+ring adds up has been rounded. Inside, weights and gradients of scores are rounded to the type of what they are
+multiplied with, as flash kernels do.
 """
 
 from __future__ import annotations
@@ -22,7 +22,10 @@ from jax.ad_checkpoint import checkpoint_name
 
 from irope_jax.attention.blocks import bounds, fold, fold_length
 from irope_jax.attention.kernels.splash_calls import (
+    HIDDEN_KEY,
+    HIDDEN_QUERY,
     LANES,
+    TABLE,
     UNAVAILABLE,
     UNSEEN,
     Blocks,
@@ -49,17 +52,18 @@ WASTE = 8
 WIDEST = 256
 """Widest head that fits VMEM with these blocks."""
 
-TABLE = 2**18
-"""Entries of a block table that fit scalar memory (1 MiB, three bytes each, with room for others)."""
-
-HIDDEN_QUERY, HIDDEN_KEY = -(2**31), -(2**31) + 1
-"""Numbers of padding: no token has them, and a padding query does not see padding keys."""
-
 
 def refuses(
-    *, platform: str, width: int, mask: MaskSpec, slopes: bool, shared: bool, offset: int | None, lengths: tuple[int, int],
+    *,
+    platform: str,
+    width: int,
+    mask: MaskSpec,
+    slopes: bool,
+    shared: bool,
+    offset: int | None,
+    lengths: tuple[int, int],
     relations: Iterable[str],
-) -> str | None:  # fmt: skip
+) -> str | None:
     """Why a case cannot be done, or `None`.
 
     Args:
@@ -160,9 +164,7 @@ def fold_splash(
         out, lse = _forward(q, k, v, _ids(mask, q_here, k_here, blocks.block_k), scale, blocks)
         lse = jnp.swapaxes(lse, 1, 2)
         fresh = Partial(_heads_first(out), lse, (lse > -jnp.inf).astype(jnp.float32))
-        here = lambda x: lax.dynamic_slice_in_dim(x, panel.q_start, panel.q_length, 1)
-        put = lambda x, part: lax.dynamic_update_slice_in_dim(x, part, panel.q_start, 1)
-        acc = jax.tree.map(put, acc, merge(jax.tree.map(here, acc), fresh))
+        acc = _merge_at(panel.q_start, acc, fresh)
     return acc
 
 
@@ -175,7 +177,6 @@ def contribute_splash(
     grads = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q_BNTH, k_BKSH, v_BKSH))
     lse_BNT, delta_BNT = jnp.swapaxes(lse_BTN, 1, 2), jnp.swapaxes(delta_BTN, 1, 2)
     for panel in panels:
-        starts = (panel.q_start, panel.k_start, panel.k_start)
         q, q_here = _cut(q_BNTH, q_info, panel.q_start, panel.q_length)
         (k, k_here), (v, _) = (
             _cut(x.astype(jnp.float32), k_info, panel.k_start, panel.k_length) for x in (k_BKSH, v_BKSH)
@@ -186,6 +187,7 @@ def contribute_splash(
         blocks = _panel_blocks(panel)
         ids = _ids(mask, q_here, k_here, blocks.block_k)
         fresh = _backward(q, k, v, ids, lse, dout, delta, scale, blocks)
+        starts = (panel.q_start, panel.k_start, panel.k_start)
         grads = tuple(_add(total, part, start) for total, part, start in zip(grads, fresh, starts))
     return grads
 
@@ -196,8 +198,8 @@ PIECES = Pieces(fold_splash, contribute_splash)
 def segment_ids(mask: MaskSpec, info: TokenInfo) -> Array:
     """A number per token, int32 `[B, T]`: equal for two tokens exactly if the documents and labels of both are.
 
-    For chunks, the row at which the part of the document that lies in the chunk begins. In a document positions and rows
-    count up together; the numbers of queries and keys agree wherever they are computed.
+    For chunks, the row at which the part of the document that lies in the chunk begins. In a document positions and
+    rows count up together; the numbers of queries and keys agree wherever they are computed.
     """
     if not isinstance(mask, Chunked):
         return info.segments
@@ -277,6 +279,13 @@ def _pad(queries, keys, ids, blocks: Blocks):
     if ids is not None:
         ids = longer(ids[0], blocks.block_q, 1, HIDDEN_QUERY), longer(ids[1], blocks.block_k, 1, HIDDEN_KEY)
     return arrays, ids
+
+
+def _merge_at(start, acc: Partial, fresh: Partial) -> Partial:
+    length = fresh.max.shape[1]
+    here = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, start, length, 1), acc)
+    put = lambda x, part: lax.dynamic_update_slice_in_dim(x, part, start, 1)
+    return jax.tree.map(put, acc, merge(here, fresh))
 
 
 def _heads_first(x):

@@ -5,22 +5,24 @@ itself the two backward passes, which a fold over pieces of keys needs with a lo
 calls the three passes directly. They are not public: everything about them is said here and nowhere else, and
 `UNAVAILABLE` says why when a version of jax has them differently.
 
-Number formats, read from the kernel and tested: each result has the type of one operand (out and dq that of q, dk and dv
-that of k and v), sums inside are float32. Operands may differ in type, so float32 results cost a float32 copy of that
-operand and nothing else.
+Number formats, read from the kernel and tested: each result has the type of one operand (out and dq that of q, dk and
+dv that of k and v), sums inside are float32. Operands may differ in type, so float32 results cost a float32 copy of
+that operand and nothing else.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 from dataclasses import dataclass
-from functools import cached_property
 from functools import partial as bind
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
+from irope_jax.attention.mask import block_range
 from irope_jax.core.types import Array
 
 EXPECTED = {
@@ -28,8 +30,8 @@ EXPECTED = {
     "residual_checkpoint_name save_residuals mask_function attn_logits_soft_cap interpret",
     "_splash_attention_bwd_dq": "q k v segment_ids sinks logsumexp do di bq bkv is_mqa mask_info mask_value "
     "attn_logits_soft_cap q_layout k_layout v_layout mask_function interpret",
-    "_splash_attention_bwd_dkv": "q k v segment_ids sinks logsumexp do di bq bkv bkv_compute is_mqa mask_info mask_value "
-    "attn_logits_soft_cap use_fused_bwd_kernel q_layout k_layout v_layout mask_function interpret",
+    "_splash_attention_bwd_dkv": "q k v segment_ids sinks logsumexp do di bq bkv bkv_compute is_mqa mask_info "
+    "mask_value attn_logits_soft_cap use_fused_bwd_kernel q_layout k_layout v_layout mask_function interpret",
 }
 """Parameters of the passes this file was written against (jax 0.10.2)."""
 
@@ -58,6 +60,12 @@ _kernel, _info, UNAVAILABLE = _load()
 LANES = 128
 """Blocks of places are multiples of the width of a vector register."""
 
+TABLE = 2**18
+"""Entries of a block table that fit scalar memory (1 MiB; two tables of up to three bytes an entry)."""
+
+HIDDEN_QUERY, HIDDEN_KEY = -(2**31), -(2**31) + 1
+"""Numbers of padding: no token has them, and a padding query does not see padding keys."""
+
 
 @dataclass(frozen=True)
 class Blocks:
@@ -66,7 +74,8 @@ class Blocks:
     Attributes:
       block_q, block_k: places per block; they divide the lengths.
       compute: keys per matrix product; divides `block_k`.
-      low, high: first and last block of keys each block of queries visits; `None` visits all.
+      low, high: first and last block of keys each block of queries visits; `None` visits all. Of these, blocks whose
+        ranges of numbers do not meet are skipped at run time.
       offset: row of the first query minus row of the first key; a key at a later row than the query is hidden. `None`
         hides none.
       width: with an `offset`, keys this many rows back or more are hidden too.
@@ -82,12 +91,11 @@ class Blocks:
     width: int | None
     interpret: bool
 
-    @cached_property
-    def visible(self) -> np.ndarray | None:
-        """Which block of queries visits which block of keys, as far as the tables go; bool `[blocks, blocks]`."""
+    def visible(self, q_blocks: int, k_blocks: int) -> np.ndarray:
+        """Which block of queries visits which block of keys, as far as is known while tracing."""
         if self.low is None:
-            return None
-        columns = np.arange(max(*self.high, 0) + 1)
+            return np.ones((q_blocks, k_blocks), bool)
+        columns = np.arange(k_blocks)
         return (columns >= np.array(self.low)[:, None]) & (columns <= np.array(self.high)[:, None])
 
 
@@ -100,9 +108,10 @@ def forward(q_NTH, k_KSH, v_KSH, ids, blocks: Blocks) -> tuple[Array, Array]:
       q_NTH: scaled queries.
       ids: int32 `([T], [S])` or `None`: a query sees keys of its own number only.
     """
+    table = _table(blocks, ids, q_NTH.shape[1], k_KSH.shape[1])
     sizes = _kernel.BlockSizes(blocks.block_q, blocks.block_k, blocks.compute)
     out, (lse,) = _kernel._splash_attention_forward(
-        _table(blocks, q_NTH.shape[1]), q_NTH, k_KSH, v_KSH, _segments(ids), None, is_mqa=False, block_sizes=sizes,
+        table, q_NTH, k_KSH, v_KSH, _segments(ids), None, is_mqa=False, block_sizes=sizes,
         residual_checkpoint_name=None, save_residuals=True, **_rule(blocks),
     )  # fmt: skip
     return out, lse
@@ -112,16 +121,17 @@ def backward_q(q_NTH, k_KSH, v_KSH, ids, lse_NT, dout_NTH, delta_NT, blocks: Blo
     """Gradient of the scaled queries `[N, T, H]`, in the type of q. `lse` must be finite, 0 for what sees nothing."""
     return _kernel._splash_attention_bwd_dq(
         q_NTH, k_KSH, v_KSH, _segments(ids), None, lse_NT, dout_NTH, delta_NT, bq=blocks.block_q, bkv=blocks.block_k,
-        is_mqa=False, mask_info=_table(blocks, q_NTH.shape[1]), **_layouts(), **_rule(blocks),
+        mask_info=_table(blocks, ids, q_NTH.shape[1], k_KSH.shape[1]), is_mqa=False, **_layouts(), **_rule(blocks),
     )  # fmt: skip
 
 
 def backward_kv(q_NTH, k_KSH, v_KSH, ids, lse_NT, dout_NTH, delta_NT, blocks: Blocks) -> tuple[Array, Array]:
     """Gradients of keys and values `[K, S, H]`, each in the type of its operand; arguments as for `backward_q`."""
+    table = _table(blocks, ids, q_NTH.shape[1], k_KSH.shape[1], by_keys=True)
     _, dk, dv = _kernel._splash_attention_bwd_dkv(
         q_NTH, k_KSH, v_KSH, _segments(ids), None, lse_NT, dout_NTH, delta_NT, bq=blocks.block_q, bkv=blocks.block_k,
-        bkv_compute=blocks.compute, is_mqa=False, mask_info=_table(blocks, q_NTH.shape[1], k_KSH.shape[1]),
-        use_fused_bwd_kernel=False, **_layouts(), **_rule(blocks),
+        bkv_compute=blocks.compute, mask_info=table, use_fused_bwd_kernel=False, is_mqa=False, **_layouts(),
+        **_rule(blocks),
     )  # fmt: skip
     return dk, dv
 
@@ -140,7 +150,8 @@ def _rule(blocks: Blocks):
     else:
         function = _not_after if blocks.width is None else bind(_within, blocks.width)
     return dict(
-        mask_value=_kernel.DEFAULT_MASK_VALUE, mask_function=function, attn_logits_soft_cap=None, interpret=blocks.interpret
+        mask_value=_kernel.DEFAULT_MASK_VALUE, mask_function=function, attn_logits_soft_cap=None,
+        interpret=blocks.interpret,
     )  # fmt: skip
 
 
@@ -156,20 +167,24 @@ def _segments(ids):
     return None if ids is None else _kernel.SegmentIds(*ids)
 
 
-def _table(blocks: Blocks, q_length: int, k_length: int | None = None):
-    """What to visit, in the kernel's terms: by blocks of queries, or, with `k_length` given, by blocks of keys."""
+def _table(blocks: Blocks, ids, q_length: int, k_length: int, by_keys: bool = False):
+    """What to visit, in the kernel's terms: for each block of queries, or `by_keys` for each block of keys."""
     rows = None if blocks.offset is None else np.arange(q_length, dtype=np.int32) + blocks.offset
-    if blocks.visible is None:
+    counts = q_length // blocks.block_q, k_length // blocks.block_k
+    if blocks.low is None and (ids is None or math.prod(counts) > TABLE):
         return _info.MaskInfo(None, None, None, None, rows)
-    visible = blocks.visible
-    if k_length is None:
-        following, visited = compact(visible)
-    else:
-        visible = np.pad(visible, [(0, 0), (0, k_length // blocks.block_k - visible.shape[1])])
-        following, visited = (x.T for x in compact(visible.T))
-    small = np.int8 if following.max() < 2**7 else np.int16 if following.max() < 2**15 else np.int32
-    as_table = lambda x, dtype: jnp.asarray(x[None].astype(dtype))
-    return _info.MaskInfo(as_table(following, small), None, as_table(visited, np.int8), None, rows)
+    visible = blocks.visible(*counts)
+    fetch, visited = compact(visible.T if by_keys else visible)
+    if ids is not None:
+        met = meet(ids, blocks)
+        fetch, visited = skip(fetch, visited & jnp.take_along_axis(met.T if by_keys else met, fetch, axis=1))
+    most = max(counts)
+    small = jnp.int8 if most <= 2**7 else jnp.int16 if most <= 2**15 else jnp.int32
+
+    def as_table(x, dtype):
+        return jnp.asarray(x.T if by_keys else x).astype(dtype)[None]
+
+    return _info.MaskInfo(as_table(fetch, small), None, as_table(visited, jnp.int8), None, rows)
 
 
 def compact(visible: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -183,3 +198,20 @@ def compact(visible: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     most = max(count.max(), 1)
     visited = np.arange(most) < count[:, None]
     return np.where(visited, order[:, :most], np.roll(order[:, :1], -1, axis=0)), visited
+
+
+def meet(ids, blocks: Blocks) -> Array:
+    """Whether a block of queries and a block of keys can hold equal numbers: bool `[q blocks, k blocks]`."""
+    (q_low, q_high), (k_low, k_high) = (
+        block_range(x, x > HIDDEN_KEY, block) for x, block in zip(ids, (blocks.block_q, blocks.block_k))
+    )
+    return (q_low[:, None] <= k_high) & (k_low <= q_high[:, None])
+
+
+def skip(fetch, visited: Array) -> tuple[Array, Array]:
+    """The same visits where more is left out: there the next block of the line is fetched early, or the last kept."""
+    place = jnp.broadcast_to(jnp.arange(visited.shape[1]), visited.shape)
+    following = lax.cummin(jnp.where(visited, place, visited.shape[1]), axis=1, reverse=True)
+    previous = lax.cummax(jnp.where(visited, place, 0), axis=1)
+    chosen = jnp.where(following < visited.shape[1], following, previous)
+    return jnp.take_along_axis(jnp.asarray(fetch), chosen, axis=1), visited
