@@ -11,7 +11,7 @@ logging, the planner and tables read them from `Decision`. Nothing here touches 
     halo of L        L kappa per run                                L kappa per run
     ring             (P-1) s kappa                                  (P-1) s (kappa + kappa')
     all_to_all u     (2N + 2K) H e s (u-1)/u + (P/u - 1) s kappa    the same, with kappa + kappa'
-    gather           (P-1) s kappa                                  (P-1) s kappa'
+    gather           (P-1) s kappa                                  (P-1) s kappa
     split_keys       2 (P-1)/P N (H+2) 4 per query                  -
 """
 
@@ -43,8 +43,8 @@ class ContextConfig:
       layout: order of tokens on devices; `zigzag` gives layers that see everything equal work on every device.
       far: way of the layers that see their whole document; `auto` sends the fewest bytes.
       near: way of the layers with a reach (chunks, windows); `auto` sends the fewest bytes, nothing where it can.
-      gradients: number format in which a ring or a gather sends gradients of keys and values home; `keys` is the format
-        of the keys, half the bytes in bfloat16 and one rounding per hop.
+      gradients: number format in which a ring sends gradients of keys and values home; `keys` is that of the keys: half
+        the bytes of bfloat16, and one rounding per hop. Every other way sends them in the format of the keys.
     """
 
     layout: Order = "zigzag"
@@ -181,7 +181,7 @@ def mask_name(mask: MaskSpec) -> str:
 
 def megabytes(count: float) -> str:
     """Bytes for people, in powers of 1000."""
-    for unit, size in (("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
+    for unit, size in (("TB", 10**12), ("GB", 10**9), ("MB", 10**6), ("kB", 10**3)):
         if count >= size:
             return f"{count / size:.1f} {unit}"
     return f"{count:.0f} B"
@@ -258,12 +258,11 @@ def _near(ways: _Ways, wish: str) -> Decision:
         return ways.unknown_order()
     if ways.halo_rows == 0:
         return ways.make("local", f"no query looks across the border of a run of {ways.run} rows")
-    reason = ways.why_not_local()
+    reason, fix = ways.not_local()
     if wish == "local":
-        fix = f"impossible: {reason}; set context.near to auto or halo, or {ways.how_to_be_local()}"
-        raise ConfigError("context.near", wish, fix)
-    fell_back = reason if isinstance(mask, Chunked) else None
-    halo = ways.halo(f"queries look up to {ways.halo_rows} rows across the border of a run", fell_back)
+        raise ConfigError("context.near", wish, f"impossible: {reason}; set context.near to auto or halo, or {fix}")
+    why = f"queries look up to {ways.halo_rows} rows across the border of a run"
+    halo = ways.halo(why, reason if isinstance(mask, Chunked) else None)
     if wish == "halo":
         return halo
     held = layout.runs_per_piece * (ways.halo_rows + ways.run)
@@ -314,11 +313,11 @@ class _Ways:
         return 8 if getattr(self.mask, "by", None) == "document" else 4
 
     def make(self, kind: Kind, why: str, fell_back: str | None = None, **sizes) -> Decision:
-        to_all = {
-            "gather_forward_bytes": self.around * self.shape.kappa,
-            "gather_backward_bytes": self.around * self.home,
-        }
-        return Decision(kind, self.mask, self.layout, why, fell_back=fell_back, **to_all, **sizes)
+        gathered = self.around * self.shape.kappa
+        return Decision(
+            kind, self.mask, self.layout, why, fell_back=fell_back,
+            gather_forward_bytes=gathered, gather_backward_bytes=gathered, **sizes,
+        )  # fmt: skip
 
     @property
     def around(self) -> int:
@@ -333,11 +332,8 @@ class _Ways:
         )  # fmt: skip
 
     def gather(self, why: str, fell_back: str | None = None) -> Decision:
-        sent = self.around
-        return self.make(
-            "gather", why, fell_back, forward_bytes=sent * self.shape.kappa, backward_bytes=sent * self.home,
-            coordinate_bytes=sent * self.coordinates,
-        )  # fmt: skip
+        sent, cargo = self.around * self.shape.kappa, self.around * self.coordinates
+        return self.make("gather", why, fell_back, forward_bytes=sent, backward_bytes=sent, coordinate_bytes=cargo)
 
     def halo(self, why: str, fell_back: str | None = None) -> Decision:
         s = self.shape
@@ -352,8 +348,7 @@ class _Ways:
     def all_to_all(self, why: str, fell_back: str | None = None) -> list[Decision]:
         """One for each group of devices that divides both the parts and the key heads."""
         s, options = self.shape, []
-        common = math.gcd(s.parts, s.key_heads)
-        for group in (u for u in range(2, common + 1) if common % u == 0):
+        for group in (u for u in range(2, s.parts + 1) if math.gcd(s.parts, s.key_heads) % u == 0):
             exchange = _share((2 * s.query_heads + 2 * s.key_heads) * s.width * s.itemsize * s.piece, group)
             hops = s.parts // group - 1
             options.append(
@@ -383,30 +378,21 @@ class _Ways:
         why = "the coordinates promise no order of rows, so any key may be visible to any query"
         return self.ring(why, why)
 
-    def why_not_local(self) -> str:
-        mask, run = self.mask, self.run
+    def not_local(self) -> tuple[str, str]:
+        """Why queries look across borders of runs, and what to change so that they do not."""
+        mask, run, multiple = self.mask, self.run, self.promises.document_multiple
         if not isinstance(mask, Chunked):
-            return f"a window of {mask.size} looks across the border of a run of {run} rows"
-        if not mask.borders_known(self.promises.document_multiple):
-            multiple = self.promises.document_multiple
-            return (
-                f"chunks of {mask.size} are counted by document and documents start at multiples of {multiple}, "
-                "so borders of chunks are not known"
-            )
+            return f"a window of {mask.size} looks across the border of a run of {run} rows", "use chunks"
+        if not mask.borders_known(multiple):
+            reason = f"chunks of {mask.size} are counted by document and documents start at multiples of {multiple}"
+            return f"{reason}, so that borders are not known", f"let documents start at multiples of {mask.size}"
         if mask.shift:
-            return f"chunks of {mask.size} are shifted by {mask.shift}, so they cross borders of runs"
-        return f"chunk {mask.size} does not divide the run of {run} rows a device holds"
-
-    def how_to_be_local(self) -> str:
-        mask, parts = self.mask, self.shape.parts
-        if not isinstance(mask, Chunked) or mask.shift:
-            return "use chunks without a shift"
-        if not mask.borders_known(self.promises.document_multiple):
-            return f"let documents start at multiples of {mask.size}"
-        piece = self.shape.k_length // parts
-        if self.layout.runs_per_piece == 2 and piece % mask.size == 0:
-            return "set context.layout to contiguous"
-        return f"use a length that is a multiple of {self.layout.multiple * mask.size}"
+            reason = f"chunks of {mask.size} are shifted by {mask.shift}, so they cross borders of runs"
+            return reason, "use chunks without a shift"
+        fix = f"use a length that is a multiple of {self.layout.multiple * mask.size}"
+        if self.layout.runs_per_piece == 2 and 2 * run % mask.size == 0:
+            fix = "set context.layout to contiguous"
+        return f"chunk {mask.size} does not divide the run of {run} rows a device holds", fix
 
 
 def _share(count: int, parts: int) -> int:
