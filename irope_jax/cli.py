@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
@@ -51,6 +52,22 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(self.prog, ConfigError.ABSENT, f"{message}; see `{self.prog} --help`")
 
 
+HOSTS_HELP = """\
+On SLURM, Open MPI, Kubernetes (an indexed Job or JobSet) and Cloud TPU the processes find each other. Elsewhere start
+each with these three, or with IROPE_COORDINATOR, IROPE_PROCESS_ID and IROPE_NUM_PROCESSES in its environment. The run
+directory must lie on a file system that all of them share."""
+
+
+def _add_hosts(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("several processes", HOSTS_HELP)
+    group.add_argument("--coordinator", metavar="HOST:PORT", help="where process 0 listens; any free port of its host")
+    group.add_argument("--process-id", type=int, metavar="N", help="which process this is, from 0")
+    group.add_argument(
+        "--num-processes", type=int, metavar="M", help="how many there are; 1 works alone on any cluster"
+    )
+    group.add_argument("--join-timeout", type=int, metavar="SECONDS", help="how long to wait for the others (300)")
+
+
 def _parser() -> tuple[_Parser, dict[str, _Parser]]:
     """The parser, and those of the verbs."""
     parser = _Parser(prog="irope", description=DESCRIPTION, formatter_class=_Formatter)
@@ -85,6 +102,7 @@ SIGTERM and Ctrl-C save and leave (exit code 128 + signal); a second Ctrl-C leav
         default="refuse",
         help="when the run directory has other values: refuse, listing them (default), or go on and record it",
     )
+    _add_hosts(train)
 
     evaluate = verb(
         "eval",
@@ -102,6 +120,7 @@ examples:
     evaluate.add_argument("run", metavar="RUN", help="run directory")
     evaluate.add_argument("--step", type=int, metavar="N", help="checkpoint to read (default: the newest)")
     evaluate.add_argument("--only", metavar="NAME", action="append", help="run only this evaluation; may be repeated")
+    _add_hosts(evaluate)
 
     report = verb(
         "report",
@@ -184,17 +203,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return run.VERBS[parsed.verb](parsed, overrides)
     except ConfigError as error:
         print(f"irope: error: {error}", file=sys.stderr)
-        return 2
+        return _leave(2)
     except KeyboardInterrupt:
         print("irope: interrupted; what was saved stays", file=sys.stderr)
-        return 130
+        return _leave(130)
     except Exception as error:
         from irope_jax.run import EXPECTED_ERRORS
 
         if not isinstance(error, EXPECTED_ERRORS) or os.environ.get("IROPE_TRACEBACK"):
-            raise
-        print(f"irope: error: {error}", file=sys.stderr)
-        return 1
+            if not _others_wait():
+                raise
+            traceback.print_exc()
+        else:
+            print(f"irope: error: {error}", file=sys.stderr)
+        return _leave(1)
+
+
+def _others_wait() -> bool:
+    hosts = sys.modules.get("irope_jax.core.hosts")  # not there yet: nothing was started
+    return hosts is not None and hosts.others_wait()
+
+
+def _leave(code: int) -> int:
+    """The exit code of a failure; where other processes wait for this one, it ends now.
+
+    In order it would wait until all leave, while they may be waiting for its part of a computation.
+    """
+    if _others_wait():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 if __name__ == "__main__":

@@ -14,7 +14,15 @@ from rich.console import Console
 
 from irope_jax.checkpoint.native import CHECKPOINTS, CheckpointError, Checkpoints
 from irope_jax.core.config import ConfigError, fingerprint, nearest, to_dict
-from irope_jax.core.hosts import configure_logging, is_main_process
+from irope_jax.core.hosts import (
+    DisagreementError,
+    agree,
+    configure_logging,
+    gather,
+    hosts_from,
+    initialise,
+    is_main_process,
+)
 from irope_jax.core.records import ConfigChangedError, NullWriter, RecordError, RunWriter, load_run
 from irope_jax.evals.registry import build_evaluators
 from irope_jax.experiment import check_devices, load_config, resolve
@@ -29,18 +37,26 @@ from irope_jax.train.state import state_shardings
 
 log = logging.getLogger(__name__)
 
-EXPECTED_ERRORS = (CheckpointError, PlotsMissingError, RecordError, TrainingError)
+EXPECTED_ERRORS = (CheckpointError, DisagreementError, PlotsMissingError, RecordError, TrainingError)
 """Failures whose message alone tells a user what to do."""
 
 Overrides = list[tuple[str, str]]
 
 
-def train_verb(args: argparse.Namespace, overrides: Overrides) -> int:
+def _join(args: argparse.Namespace) -> None:
+    """Bring the processes of the run together, before anything asks for a device."""
+    names = ("coordinator", "process_id", "num_processes", "join_timeout")
+    initialise(hosts_from({name: getattr(args, name) for name in names}))
     configure_logging()
+
+
+def train_verb(args: argparse.Namespace, overrides: Overrides) -> int:
+    _join(args)
     experiment = resolve(load_config(args.config), overrides)
     mesh = check_devices(experiment, jax.device_count())
     directory = Path(args.run_dir or Path("runs") / experiment.name)
     values, mark = to_dict(experiment), fingerprint(experiment)
+    agree("the resolved config", [mark, str(directory)], "start every process with the same command")
     # Before the run directory is made or told anything: what the config asks for may not be there.
     evaluators = build_evaluators(experiment.evals, experiment.model, experiment.data.tokenizer)
     with _writer(directory, values, mark, args.on_config_change) as writer:
@@ -72,29 +88,43 @@ def train_verb(args: argparse.Namespace, overrides: Overrides) -> int:
 
 
 def _writer(directory: Path, values: dict, mark: str, on_config_change: str) -> RunWriter | NullWriter:
-    if not is_main_process():
-        return NullWriter()
-    try:
-        return RunWriter(directory, values, mark, on_config_change=on_config_change)
-    except ConfigChangedError as error:
-        raise RecordError(
-            f"{directory}: begun with other values: {'; '.join(error.differences) or 'of another version'}; "
-            "choose another --run-dir, or go on with --on-config-change=accept"
-        ) from None
+    """Process 0 writes; if it cannot, no process goes on."""
+    writer, refused = NullWriter(), None
+    if is_main_process():
+        try:
+            writer = RunWriter(directory, values, mark, on_config_change=on_config_change)
+        except ConfigChangedError as error:
+            refused = (
+                f"{directory}: begun with other values: {'; '.join(error.differences) or 'of another version'}; "
+                "choose another --run-dir, or go on with --on-config-change=accept"
+            )
+        except RecordError as error:
+            refused = str(error)
+    refused = gather(refused)[0]
+    if refused is not None:
+        raise RecordError(refused)
+    return writer
 
 
 def is_finished(directory: Path, steps: int) -> bool:
     """Whether a run directory was trained for `steps` steps and evaluated with the config it has now."""
-    told = ("finished", "start", "config_changed")
-    last = next((event for event in reversed(load_run(directory).events) if event.name in told), None)
-    if last is None or last.name != "finished" or last.step != steps or not (directory / CHECKPOINTS).is_dir():
+    # Process 0 writes the records: others may not see yet what it just wrote.
+    if not gather(is_main_process() and _says_finished(directory, steps))[0]:
         return False
     with Checkpoints(directory) as checkpoints:
         return checkpoints.latest == steps
 
 
+def _says_finished(directory: Path, steps: int) -> bool:
+    told = ("finished", "start", "config_changed")
+    last = next((event for event in reversed(load_run(directory).events) if event.name in told), None)
+    if last is None or last.name != "finished" or last.step != steps:
+        return False
+    return (directory / CHECKPOINTS).is_dir()
+
+
 def eval_verb(args: argparse.Namespace, overrides: Overrides) -> int:
-    configure_logging()
+    _join(args)
     directory = Path(args.run)
     trained = resolve(_run_config(directory))
     experiment = resolve(to_dict(trained), overrides)
@@ -108,6 +138,8 @@ def eval_verb(args: argparse.Namespace, overrides: Overrides) -> int:
     if not chosen:
         raise ConfigError("config.evals", [], "this config has no evaluations; see configs/quickstart.py for two")
     mesh = make_mesh(check_devices(experiment, jax.device_count()))
+    asked = [fingerprint(experiment), str(directory), args.step, args.only]
+    agree("what to evaluate", asked, "start every process with the same command")
     optimizer = make_optimizer(experiment.train.optimizer, experiment.train.steps)
     abstract, shardings = state_shardings(experiment.model, optimizer, mesh)  # while no mesh is in force, as in train
     with jax.set_mesh(mesh), Checkpoints(directory) as checkpoints:
@@ -121,8 +153,9 @@ def eval_verb(args: argparse.Namespace, overrides: Overrides) -> int:
             for evaluator in build_evaluators(chosen, experiment.model, experiment.data.tokenizer):
                 for found in evaluator.run(params):
                     writer.measure(step, evaluator.name, found.name, found.value, found.count, found.where)
-                    where = "  ".join(f"{k}={v}" for k, v in found.where.items())
-                    print(f"{evaluator.name}  {found.name}  {found.value:.4f}  n={found.count}  {where}")
+                    if is_main_process():
+                        where = "  ".join(f"{k}={v}" for k, v in found.where.items())
+                        print(f"{evaluator.name}  {found.name}  {found.value:.4f}  n={found.count}  {where}")
     if not as_trained:
         log.info("evaluated with changed values: printed only, not added to %s", directory / "records.jsonl")
     return 0

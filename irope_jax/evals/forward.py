@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from irope_jax.core.hosts import to_host
 from irope_jax.core.types import Batch
 from irope_jax.losses import token_losses
 from irope_jax.model.config import ModelConfig
 from irope_jax.model.decoder import hidden_states
+from irope_jax.sharding.feed import global_array
 from irope_jax.sharding.rules import batch_sharding, token_parts
 
 
@@ -43,7 +45,10 @@ def _at_places(hidden_BTD, w_DV, places_BQ, wanted_BQ):
 
 
 class Scorer:
-    """Forward passes of one model; compiled once per shape, whatever the parameters."""
+    """Forward passes of one model; compiled once per shape, whatever the parameters.
+
+    Of several processes all call the same with the same batch, and all get the whole answer.
+    """
 
     def __init__(self, model: ModelConfig):
         self._forward = _forward(model)
@@ -52,16 +57,16 @@ class Scorer:
         """`(nll_BT, correct_BT)` of every target, in nats."""
         batch = _on_mesh(batch)
         nll_BT, correct_BT = _losses(*self._forward(params, batch), batch.targets)
-        return np.asarray(nll_BT), np.asarray(correct_BT)
+        return to_host(nll_BT), to_host(correct_BT)
 
     def predictions(self, params: Any, batch: Batch, places_BQ: np.ndarray, wanted_BQ: np.ndarray):
         """Most likely next token at `places_BQ`, and the loss in nats of `wanted_BQ` there."""
         best_BQ, nll_BQ = _at_places(*self._forward(params, _on_mesh(batch)), places_BQ, wanted_BQ)
-        return np.asarray(best_BQ), np.asarray(nll_BQ)
+        return to_host(best_BQ), to_host(nll_BQ)
 
 
 def _on_mesh(batch: Batch) -> Batch:
     mesh = jax.sharding.get_mesh()
     if mesh.empty or mesh.size == 1:
         return batch
-    return jax.tree.map(lambda x: jax.device_put(np.asarray(x), batch_sharding(mesh)), batch)
+    return jax.tree.map(lambda x: global_array(np.asarray(x), batch_sharding(mesh)), batch)

@@ -17,19 +17,18 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from irope_jax.checkpoint.native import CheckpointConfig, Checkpoints
 from irope_jax.core.config import ConfigError, to_dict
-from irope_jax.core.hosts import StopRequest, is_main_process
+from irope_jax.core.hosts import StopRequest, agree, is_main_process
 from irope_jax.core.progress import ProgressBar
 from irope_jax.core.records import NullWriter, RunWriter
-from irope_jax.data.pipeline import DataConfig, make_iterator
+from irope_jax.data.pipeline import DataConfig
 from irope_jax.evals.evaluator import Evaluator
 from irope_jax.model.config import ModelConfig
 from irope_jax.model.cost import parameter_counts, train_flops_per_token
 from irope_jax.sharding.mesh import MeshConfig, make_mesh
-from irope_jax.sharding.rules import batch_sharding
+from irope_jax.train.feed import Feed, context_layout
 from irope_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from irope_jax.train.state import TrainState, init_state, params_from, state_shardings
 from irope_jax.train.step import make_train_step
@@ -100,15 +99,18 @@ def train(
     """Train until `config.steps`, from the newest checkpoint in `directory` if there is one.
 
     Bit-equal to an uninterrupted run wherever it is cut, on the same number of devices, and so are its records. SIGTERM
-    and SIGINT save and return after the step or the measurement in hand; an evaluation cut short is done again.
+    and SIGINT save and return after the step or the measurement in hand; an evaluation cut short is done again. Of
+    several processes all call this with the same arguments but `writer`; a signal to one of them stops all, a step or
+    two later.
 
     Raises:
       TrainingError: too many non-finite steps in a row.
+      DisagreementError: processes that do not see the same run directory.
       CheckpointError: a checkpoint or `init_from` that cannot be read.
     """
     device_mesh = make_mesh(mesh)
     optimizer = make_optimizer(config.optimizer, config.steps)
-    batches = make_iterator(data, process_index=jax.process_index(), process_count=jax.process_count())
+    batches = Feed(data, context_layout(model, mesh), device_mesh)
     with (
         contextlib.closing(batches),
         Checkpoints(directory, checkpoint, create=True) as checkpoints,
@@ -118,7 +120,8 @@ def train(
         # No mesh is in force yet: parameters are initialised by running one short row, which no mesh would divide.
         abstract, shardings = state_shardings(model, optimizer, device_mesh)
         owed = False  # an evaluation that a signal cut short
-        if checkpoints.latest is not None:
+        shared = "the run directory must lie where every process sees it, on a shared file system"
+        if agree(f"{directory}: newest checkpoint", checkpoints.latest, shared) is not None:
             state, place, saved = checkpoints.restore(abstract, shardings)
             batches.set_state(place)
             owed = saved.get("evaluation_owed", False)
@@ -136,15 +139,13 @@ def train(
         # ---- the step -----------------------------------------------------------------------------------------------
         rate = learning_rate(config.optimizer, config.steps)
         step_function = make_train_step(model, optimizer, rate, z_loss=config.z_loss, accumulate=config.accumulate)
-        take_step = jax.jit(step_function, donate_argnums=0, out_shardings=(shardings, None))
-        put = lambda batch: jax.tree.map(
-            lambda x: jax.make_array_from_process_local_data(batch_sharding(device_mesh), np.asarray(x)), batch
-        )
+        with_votes = lambda state, batch, votes: (*step_function(state, batch), jax.tree.map(lambda v: v.max(), votes))
+        take_step = jax.jit(with_votes, donate_argnums=0, out_shardings=(shardings, None, None))
         meter = Meter(data.batch_size * data.seq_len, train_flops_per_token(model, data.seq_len, counts))
 
         def measure(step: int) -> bool:
             with jax.set_mesh(device_mesh):
-                return evaluate(evaluators, state, step, writer, lambda: stop.signal is not None)
+                return evaluate(evaluators, state, step, writer, stop.ask)
 
         def stopped(step: int) -> Outcome:
             writer.event(step, "stopped", signal=stop.signal.name)
@@ -156,10 +157,11 @@ def train(
         bar = ProgressBar("training", config.steps, done=start, quiet=not is_main_process())
         with jax.set_mesh(device_mesh), bar:
             for step in range(start + 1, config.steps + 1):
-                state, scalars = take_step(state, put(next(batches)))
+                state, scalars, greatest = take_step(state, next(batches), stop.vote(device_mesh))
                 last = step == config.steps
+                logs = step % config.log_every == 0 or last or step == 1
                 figures, owed = {}, False
-                if step % config.log_every == 0 or last or step == 1:
+                if logs:
                     scalars = {name: float(value) for name, value in scalars.items()}  # waits for the device
                     writer.train(step, scalars | meter.read(step))
                     figures = {"loss": f"{scalars['loss']:.3f}", "tokens/s": f"{meter.tokens_per_second:,.0f}"}
@@ -167,6 +169,7 @@ def train(
                 elif step == start + 1:
                     jax.block_until_ready(scalars)  # it compiled: its time says nothing about speed
                     meter.pause(step)
+                stop.hear(greatest, newest=logs)
                 bar.advance(**figures)
                 if config.eval_every is not None and step % config.eval_every == 0 and not last:
                     owed = not measure(step)
