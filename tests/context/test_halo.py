@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
+from irope_jax.attention.api import attend
 from irope_jax.attention.mask import Chunked, Sliding
 from irope_jax.context.halo import attend_halo, with_halo
 from irope_jax.context.layout import ContextLayout
 from irope_jax.context.strategy import halo_length
+from irope_jax.core.numerics import assert_close
 from irope_jax.core.types import TokenInfo
 from irope_jax.plan.hlo import analyse
 from tests.context.across import SLOPES, B, H, K, T, arrays, assert_equals_oracle, cut, documents, on_devices
@@ -72,6 +74,31 @@ def test_equals_the_oracle(kind, parts, mask, rows):
         return attend_halo(q, k, v, info, info, mask, slopes=slopes, layout=layout, halo=halo)
 
     assert_equals_oracle(attention, layout, info, mask, slopes=SLOPES)
+
+
+LONG = [
+    ("contiguous", 4, Sliding(40), 0, 39),
+    ("zigzag", 2, Sliding(600), 0, 599),
+    ("contiguous", 2, Chunked(256, shift=100), 0, 100),
+    ("zigzag", 2, Chunked(128), 128, 0),
+    # one border only, and it falls on the border of a run; later borders do not stand where they would from row 0
+    ("contiguous", 2, Chunked(384, shift=128), 0, 0),
+    ("contiguous", 2, Chunked(384, by="row", shift=128), 1, 0),
+]
+
+
+@pytest.mark.parametrize(("kind", "parts", "mask", "multiple", "halo"), LONG, ids=str)
+def test_runs_long_enough_for_blocks_to_be_left_out(kind, parts, mask, multiple, halo):
+    """What is promised of the rows of a run must be true, or blocks that are visible are skipped."""
+    length, layout = 2048, ContextLayout(kind, parts)
+    info = documents((900, 1000), length=length, multiple=multiple) if multiple else TokenInfo.single(1, length)
+    assert halo_length(mask, length, length // layout.multiple, info.document_multiple) == halo
+    q, k, v, _ = arrays(length=length, batch=1, heads=1, key_heads=1)
+    wanted = jax.jit(lambda *a: attend(*a, mask, impl="reference"))(q, k, v, info, info)
+    with on_devices(parts):
+        there = cut(lambda q, k, v, info: attend_halo(q, k, v, info, info, mask, layout=layout, halo=halo))
+        found = layout.unplace(jax.device_get(jax.jit(there)(*layout.place((q, k, v)), layout.place(info))))
+    assert_close(found, jax.device_get(wanted), rtol=0, atol=2e-6)
 
 
 def sent(layout, halo, mask, info, backward):
