@@ -1,7 +1,7 @@
 """Accelerators that are only described: compile for them here, run nothing.
 
     mesh = tpu_mesh("v5e:2x2", context=4)
-    with jax.set_mesh(mesh):                    # tells the code which platform it is traced for
+    with targeting(mesh):                       # tells the code which platform it is traced for
         compiled = jax.jit(f).lower(described(mesh, shape, dtype, spec)).compile()
 
 A test that asks for a mesh is skipped, saying why, where the compiler for it is not installed.
@@ -13,6 +13,7 @@ import importlib.util
 import math
 import os
 import platform
+from contextlib import contextmanager
 
 import jax
 import pytest
@@ -43,6 +44,19 @@ def tpu_mesh(topology: str, **sizes: int) -> Mesh:
     shape = tuple(sizes.get(axis, 1) for axis in AXES)
     assert set(sizes) <= set(AXES) and math.prod(shape) <= len(devices), (sizes, len(devices))
     return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[: math.prod(shape)])
+
+
+@contextmanager
+def targeting(mesh: Mesh):
+    """`jax.set_mesh`, and what is compiled meanwhile is not kept: such programs cannot be read back from a cache."""
+    key = "jax_persistent_cache_min_compile_time_secs"
+    before = getattr(jax.config, key)
+    jax.config.update(key, float("inf"))
+    try:
+        with jax.set_mesh(mesh):
+            yield mesh
+    finally:
+        jax.config.update(key, before)
 
 
 def described(mesh: Mesh, shape: tuple[int, ...], dtype, spec: P | None = None) -> jax.ShapeDtypeStruct:
