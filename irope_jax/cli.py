@@ -21,7 +21,7 @@ Train, extend, measure and compare long-context language models (iRoPE and its r
 
 A run is a config file; every value of it can be changed on the command line:
 
-  irope show   --config=configs/debug.py                      what would run: values, parameters, layers
+  irope show   --config=configs/debug.py                      what would run: values, layers, bytes a device
   irope train  --config=configs/debug.py                      train into runs/debug, or go on where it stopped
   irope train  --config=configs/debug.py --config.model.num_layers=8 --run-dir=runs/deep
   irope eval   runs/debug                                     evaluate its newest checkpoint
@@ -140,17 +140,26 @@ examples:
         "show",
         "print what a config resolves to",
         """\
-Print every value of a resolved config in the form that changes it, the layers as a drawing, and parameters by part.
-Nothing is trained and no data is read.
+Print every value of a resolved config in the form that changes it, the layers as a drawing, parameters by part, and
+where it all lies: each parameter with the mesh axes that cut it and its bytes on a device, the totals of parameters,
+optimizer state and gradients, and, where the mesh cuts the sequence, what each layer's attention sends.
+Nothing is trained, no data is read and nothing is allocated: devices may be described that are not here.
 
 examples:
   irope show --config=configs/quickstart.py:irope
   irope show --config=configs/debug.py --config.model.num_layers=8
+  irope show --config=configs/debug.py --devices=64 --config.mesh.fsdp=8 --config.mesh.tensor=2
   irope show --config=runs/debug/config.json
 """,
         CONFIG_HELP,
     )
     show.add_argument("--config", required=True, metavar="FILE[:ARG]", help="config file, see below")
+    show.add_argument(
+        "--devices",
+        type=int,
+        metavar="N",
+        help="lay it out on N devices (default: as many as the mesh takes, or those present if an axis is -1)",
+    )
     return parser, verbs.choices
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +26,8 @@ from irope_jax.core.records import ConfigChangedError, NullWriter, RecordError, 
 from irope_jax.evals.registry import build_evaluators
 from irope_jax.experiment import check_devices, load_config, resolve
 from irope_jax.model.config import draw_layers
-from irope_jax.model.cost import parameter_counts, train_flops_per_token
 from irope_jax.sharding.mesh import make_mesh
+from irope_jax.show import show_verb
 from irope_jax.study.plots import PlotsMissingError
 from irope_jax.study.report import terminal_tables, write_report
 from irope_jax.train.loop import TrainingError, train
@@ -179,35 +178,6 @@ def report_verb(args: argparse.Namespace, overrides: Overrides) -> int:
     for picture in sorted(out.glob("*.png")):
         print(f"picture: {picture}")
     return 0
-
-
-def show_verb(args: argparse.Namespace, overrides: Overrides) -> int:
-    experiment = resolve(load_config(args.config), overrides)
-    print(f"experiment {experiment.name}  fingerprint {fingerprint(experiment)}")
-    for path, value in _leaves(to_dict(experiment), "config"):
-        print(f"  {path} = {value!r}")
-    counts = parameter_counts(experiment.model)
-    print(f"\nlayers\n{draw_layers(experiment.model)}\n\nparameters")
-    for part, count in sorted(counts.items(), key=lambda item: -item[1]):
-        print(f"  {part:<14}{count:>16,}")
-    print(f"  {'total':<14}{sum(counts.values()):>16,}")
-    length = experiment.data.seq_len
-    tokens = experiment.train.steps * experiment.data.batch_size * length
-    flops = train_flops_per_token(experiment.model, length, counts)
-    print(f"\ntraining: {tokens:,} tokens in {experiment.train.steps:,} steps")
-    print(f"  {flops:.3g} FLOPs a token, {flops * tokens:.3g} in all")
-    return 0
-
-
-def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
-    if isinstance(value, dict) and value:
-        for key, inner in value.items():
-            yield from _leaves(inner, f"{path}.{key}")
-    elif isinstance(value, list) and value and isinstance(value[0], (dict, list)):
-        for i, inner in enumerate(value):
-            yield from _leaves(inner, f"{path}.{i}")
-    else:
-        yield path, value
 
 
 VERBS = {"train": train_verb, "eval": eval_verb, "report": report_verb, "show": show_verb}

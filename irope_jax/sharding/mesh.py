@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import jax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from irope_jax.core.config import ConfigError
 
@@ -88,3 +88,15 @@ def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -
     devices = list(devices) if devices is not None else jax.devices()
     config = config.fill(len(devices))
     return jax.make_mesh(tuple(config.sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+
+
+def abstract_mesh(config: MeshConfig) -> AbstractMesh:
+    """The mesh of a filled-in config without its devices: enough to say where things would lie, on any machine.
+
+    Raises:
+      ConfigError: an axis is still free.
+    """
+    for axis, size in config.sizes.items():
+        if size == -1:
+            raise ConfigError(axis, size, "say how many devices there are: a described mesh has no free axis")
+    return AbstractMesh(tuple(config.sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))

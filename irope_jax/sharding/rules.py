@@ -6,12 +6,12 @@ here knows which module uses which name.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from irope_jax.core.config import ConfigError
@@ -83,12 +83,34 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, spec(("batch", "length")))
 
 
-def tree_shardings(boxed: Any, mesh: Mesh) -> Any:
+def check_divides(name: str | None, size: int, devices: Mapping[str, int], where: str) -> None:
+    """That an axis can be cut evenly.
+
+    Args:
+      name: the logical axis.
+      size: its length.
+      devices: devices along each mesh axis.
+      where: what has the axis, for the message.
+
+    Raises:
+      ShardingError: it cannot; names the config field of the mesh axis and the largest size that would do.
+    """
+    entry = RULES[name] if name is not None else None
+    rest = size
+    for axis in (entry,) if isinstance(entry, str) else entry or ():
+        if rest % devices[axis]:
+            usable = max(d for d in range(1, devices[axis]) if rest % d == 0)
+            fix = f"does not divide axis {name!r} of size {size} of {where}; use {usable}, or another divisor of {rest}"
+            raise ShardingError(f"mesh.{axis}", devices[axis], fix)
+        rest //= devices[axis]
+
+
+def tree_shardings(boxed: Any, mesh: Mesh | AbstractMesh) -> Any:
     """Shardings of a tree of (abstract) arrays; leaves boxed by `nn.with_logical_partitioning` follow their names.
 
     Args:
       boxed: arrays or `ShapeDtypeStruct`s; unboxed leaves are replicated.
-      mesh: the mesh to lay them on.
+      mesh: the mesh to lay them on; an abstract one says as much, and holds no devices.
 
     Returns:
       The same tree, unboxed, with a `NamedSharding` at each leaf.
@@ -102,20 +124,10 @@ def tree_shardings(boxed: Any, mesh: Mesh) -> Any:
             return NamedSharding(mesh, P())
         if not hasattr(leaf.value, "shape"):  # optax leaves an empty node where a transformation skips a parameter
             return leaf.value
-        layout = spec(leaf.names)
-        shape = leaf.value.shape
-        for size, name, entry in zip(shape, leaf.names, layout):
-            axes = (entry,) if isinstance(entry, str) else entry or ()
-            parts = 1
-            for axis in axes:
-                parts *= mesh.shape[axis]
-            if size % parts:
-                where = "/".join(str(getattr(k, "key", getattr(k, "name", k))) for k in path)
-                raise ShardingError(
-                    f"mesh.{axes[-1]}",
-                    parts,
-                    f"does not divide axis {name!r} of size {size} of {where} {tuple(shape)}; use a divisor of {size}",
-                )
-        return NamedSharding(mesh, layout)
+        where = jax.tree_util.keystr(path, simple=True, separator="/")
+        shape = tuple(leaf.value.shape)
+        for size, name in zip(shape, leaf.names, strict=True):
+            check_divides(name, size, mesh.shape, f"{where} {shape}")
+        return NamedSharding(mesh, spec(leaf.names))
 
     return jax.tree_util.tree_map_with_path(lay, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))

@@ -1,0 +1,163 @@
+"""`irope show`: what a config resolves to, and where it would lie on how many devices. Nothing is allocated or run."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+
+from irope_jax.context.layout import ContextLayout
+from irope_jax.context.strategy import CallShape, ContextConfig, Promises, decide, megabytes
+from irope_jax.core.config import ConfigError, fingerprint, to_dict
+from irope_jax.experiment import Experiment, check_devices, load_config, resolve
+from irope_jax.model.config import draw_layers
+from irope_jax.model.cost import parameter_counts, train_flops_per_token
+from irope_jax.sharding.mesh import MeshConfig, abstract_mesh
+from irope_jax.train.optimizer import make_optimizer
+from irope_jax.train.state import state_shardings
+
+
+def show_verb(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
+    if args.devices is not None and args.devices < 1:
+        raise ConfigError("--devices", args.devices, "the number of devices to lay the run out on; use 1 or more")
+    experiment = resolve(load_config(args.config), overrides)
+    print(f"experiment {experiment.name}  fingerprint {fingerprint(experiment)}")
+    for path, value in _leaves(to_dict(experiment), "config"):
+        print(f"  {path} = {value!r}")
+    counts = parameter_counts(experiment.model)
+    print(f"\nlayers\n{draw_layers(experiment.model)}\n\nparameters")
+    for part, count in sorted(counts.items(), key=lambda item: -item[1]):
+        print(f"  {part:<14}{count:>16,}")
+    print(f"  {'total':<14}{sum(counts.values()):>16,}")
+    length = experiment.data.seq_len
+    tokens = experiment.train.steps * experiment.data.batch_size * length
+    flops = train_flops_per_token(experiment.model, length, counts)
+    print(f"\ntraining: {tokens:,} tokens in {experiment.train.steps:,} steps")
+    print(f"  {flops:.3g} FLOPs a token, {flops * tokens:.3g} in all")
+    count = args.devices or _devices_asked_for(experiment.mesh)
+    try:
+        lines = layout_lines(experiment, count)
+    except ConfigError as error:
+        if args.devices is not None:
+            raise
+        lines = [f"does not fit {_devices(count)}: {error}", "see it on another number of devices with --devices=N"]
+    print("\n" + "\n".join(lines))
+    return 0
+
+
+def layout_lines(experiment: Experiment, device_count: int) -> list[str]:
+    """Where parameters, optimizer state and gradients lie on `device_count` devices, and how attention spans them.
+
+    Raises:
+      ConfigError: the mesh does not fit the devices, or something does not divide by it.
+    """
+    mesh = check_devices(experiment, device_count)
+    optimizer = make_optimizer(experiment.train.optimizer, experiment.train.steps)
+    try:
+        abstract, shardings = state_shardings(experiment.model, optimizer, abstract_mesh(mesh))
+    except ConfigError as error:
+        raise error.within("config") from None
+    leaves = list(zip(jax.tree_util.tree_leaves_with_path(abstract.params), jax.tree.leaves(shardings.params)))
+    rows = [("parameter", "shape", "type", "cut along", "bytes a device")]
+    for (path, leaf), sharding in leaves:
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        here = _bytes_here(leaf.shape, leaf.dtype, sharding)
+        rows.append((name, str(list(leaf.shape)), str(leaf.dtype), _cuts(sharding, mesh), f"{here:,}"))
+    # Parts of a batch that follow one another are summed in float32; one part leaves gradients as the parameters are.
+    summed = lambda dtype: jnp.float32 if experiment.train.accumulate > 1 else dtype
+    trees = {
+        "parameters": [(leaf.shape, leaf.dtype, sharding) for (_, leaf), sharding in leaves],
+        "optimizer state": [
+            (leaf.shape, leaf.dtype, sharding)
+            for leaf, sharding in zip(jax.tree.leaves(abstract.opt_state), jax.tree.leaves(shardings.opt_state))
+        ],
+        "gradients": [(leaf.shape, summed(leaf.dtype), sharding) for (_, leaf), sharding in leaves],
+    }
+    totals = [("held", "bytes a device", "", "bytes in all", "")]
+    here_all = whole_all = 0
+    for name, tree in trees.items():
+        here = sum(_bytes_here(*leaf) for leaf in tree)
+        whole = sum(math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype, _ in tree)
+        totals.append((name, f"{here:,}", megabytes(here), f"{whole:,}", megabytes(whole)))
+        here_all, whole_all = here_all + here, whole_all + whole
+    totals.append(("together", f"{here_all:,}", megabytes(here_all), f"{whole_all:,}", megabytes(whole_all)))
+    sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.sizes.items() if size > 1)
+    lines = [f"on {_devices(device_count)}" + (f" = {sizes}" if sizes else "")]
+    lines += [*_columns(rows, "llllr"), "", *_columns(totals, "lrrrr")]
+    return lines + _attention_lines(experiment, mesh)
+
+
+def _devices_asked_for(mesh: MeshConfig) -> int:
+    """As many as a mesh without a free axis takes, else those present."""
+    sizes = mesh.sizes.values()
+    return jax.device_count() if -1 in sizes else math.prod(sizes)
+
+
+def _devices(count: int) -> str:
+    return f"{count:,} device{'s' if count > 1 else ''}"
+
+
+def _bytes_here(shape: Sequence[int], dtype: Any, sharding: NamedSharding) -> int:
+    return math.prod(sharding.shard_shape(tuple(shape))) * jnp.dtype(dtype).itemsize
+
+
+def _cuts(sharding: NamedSharding, mesh: MeshConfig) -> str:
+    """The mesh axes that cut each axis of an array, `-` where none does; `whole` if every device has all of it."""
+    entries = []
+    for entry in sharding.spec:
+        axes = [axis for axis in ((entry,) if isinstance(entry, str) else entry or ()) if mesh.sizes[axis] > 1]
+        entries.append("+".join(axes) or "-")
+    return ", ".join(entries) if set(entries) - {"-"} else "whole"
+
+
+def _columns(rows: Iterable[Sequence[str]], sides: str) -> list[str]:
+    """Rows of text as aligned columns, two spaces in; `sides` has `l` or `r` per column."""
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    align = lambda cell, side, width: cell.ljust(width) if side == "l" else cell.rjust(width)
+    return ["  " + "  ".join(map(align, row, sides, widths)).rstrip() for row in rows]
+
+
+def _attention_lines(experiment: Experiment, mesh: MeshConfig) -> list[str]:
+    """What each layer of the period sends when the sequence is cut."""
+    if mesh.context == 1:
+        return []
+    model, data = experiment.model, experiment.data
+    config = ContextConfig()  # the way of a run is not yet a field of its config
+    layout = ContextLayout(config.layout, mesh.context)
+    shape = CallShape(
+        parts=mesh.context,
+        q_length=data.seq_len,
+        k_length=data.seq_len,
+        query_heads=model.num_heads // mesh.tensor,
+        key_heads=model.num_kv_heads // mesh.tensor,
+        width=model.head_dim,
+        itemsize=jnp.dtype(model.precision.compute).itemsize,
+        batch=data.batch_size // (experiment.train.accumulate * mesh.batch_parts),
+    )
+    promises = Promises(data.packing.document_multiple)
+    lines = ["", f"attention of {data.seq_len:,} tokens over {mesh.context} devices, {config.layout}; sent by a device"]
+    for i, layer in enumerate(model.period):
+        try:
+            decision = decide(layer.mask, shape, layout, promises, config)
+        except ConfigError as error:
+            raise ConfigError("config.data.seq_len", data.seq_len, error.fix) from None
+        lines.append(f"  {i:>3}  {decision.describe()}")
+        if decision.fell_back:
+            lines.append(f"       because {decision.fell_back}")
+    return lines
+
+
+def _leaves(value: Any, path: str) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{path}.{key}")
+    elif isinstance(value, list) and value and isinstance(value[0], (dict, list)):
+        for i, inner in enumerate(value):
+            yield from _leaves(inner, f"{path}.{i}")
+    else:
+        yield path, value
