@@ -1,6 +1,7 @@
-"""One of several processes of `test_two_processes.py`; not a test. Runs the verbs one after the other in one process.
+"""A process of `test_two_processes.py`; not a test. Runs the verbs one after the other in one process.
 
-host_worker.py PLACE PROCESS PORT     PLACE holds NAME.json configs; exit codes go to PLACE/codes.PROCESS.json
+host_worker.py PLACE                    alone: every PLACE/NAME.json, to the end
+host_worker.py PLACE PROCESS PORT       as one of two processes; exit codes go to PLACE/codes.PROCESS.json
 """
 
 import json
@@ -13,34 +14,37 @@ from irope_jax import cli
 from irope_jax.core.records import NullWriter
 
 STOP_AT = 1
-"""Process 1, and it alone, gets SIGTERM while it should record this step."""
+"""Process 1, and it alone, gets SIGTERM when it is told of this step."""
 
 
-def main(place: Path, process: int, port: int) -> None:
-    flags = [
-        f"--coordinator=127.0.0.1:{port}", f"--process-id={process}", "--num-processes=2", "--join-timeout=120",
-    ]  # fmt: skip
+def train(place, name):
+    return "train", f"--config={place / name}.json", f"--run-dir={place / name}"
+
+
+def alone(place: Path) -> None:
+    for config in sorted(place.glob("*.json")):
+        assert cli.main([*train(place, config.stem), "--config.train.log_every=1"]) == 0
+
+
+def together(place: Path, process: int, port: int) -> None:
+    flags = [f"--coordinator=127.0.0.1:{port}", f"--process-id={process}", "--num-processes=2", "--join-timeout=120"]
     codes = {}
 
     def irope(step, *arguments):
         codes[step] = cli.main([*arguments, *flags])
-        (place / f"codes.{process}.json").write_text(json.dumps(codes))  # read if a later step hangs
+        (place / f"codes.{process}").write_text(json.dumps(codes))  # read if a later step hangs
 
-    def train(name):
-        return "train", f"--config={place / name}.json", f"--run-dir={place / name}"
-
-    irope("data", *train("data"))
-    irope("data again", *train("data"))
-    irope("data evaluated", "eval", str(place / "data"), "--only=perplexity", "--step=4")
-    irope("both", *train("both"))
+    irope("data", *train(place, "data"))
+    irope("data again", *train(place, "data"))
+    irope("data evaluated", "eval", str(place / "data"), "--step=4")
+    irope("both", *train(place, "both"))
 
     quiet, NullWriter.train = NullWriter.train, terminate
-    irope("context stopped", *train("context"))
+    irope("context stopped", *train(place, "context"))
     NullWriter.train = quiet
-    irope("context", *train("context"))
+    irope("context", *train(place, "context"))
 
-    # a directory that only one process can write to as asked, and a config that only one of them has
-    irope("refused", *train("context"), "--config.train.z_loss=1e-4")
+    irope("refused", *train(place, "context"), "--config.train.z_loss=1e-4")  # ends the process
 
 
 def terminate(self, step, scalars):
@@ -49,4 +53,7 @@ def terminate(self, step, scalars):
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    if len(sys.argv) == 2:
+        alone(Path(sys.argv[1]))
+    else:
+        together(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
