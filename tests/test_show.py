@@ -68,6 +68,13 @@ def test_every_parameter_is_listed_with_the_bytes_a_device_then_holds():
     assert totals["together"][1] == sum(row[1] for name, row in totals.items() if name != "together")
 
 
+def test_mesh_axes_of_one_device_cut_nothing():
+    lines = show.layout_lines(tiny.experiment(("mesh.fsdp", "2")), 8)
+    cuts = {name: cut for name, _, _, cut, _ in table(lines, "parameter")}
+    assert lines[0] == "on 8 devices = data 4 x fsdp 2" and cuts["embedding"] == "-, fsdp"
+    assert {cut for cut in (row[3] for row in table(show.layout_lines(tiny.experiment(), 1), "parameter"))} == {"whole"}
+
+
 def test_columns_stand_under_one_another():
     lines = show.layout_lines(tiny.experiment(*MESH), 8)
     rows = lines[1 : lines.index("")]
@@ -135,6 +142,10 @@ def test_what_each_layer_sends_is_told_where_the_sequence_is_cut():
     assert f"{sent / 1000:.1f} kB per layer forward" in told[1]
     aligned = show.layout_lines(tiny.experiment(*MESH, ("data.packing.document_multiple", "8")), 8)
     assert any("chunked 8: local, nothing is sent" in line for line in aligned)
+    heads = [("model.num_heads", "4"), ("model.num_kv_heads", "4")]  # 2 and 2 a device: exchanged, each sends half
+    exchanged = show.layout_lines(tiny.experiment(*MESH, *heads), 8)[-1]
+    sent = 4 * 32 // 2 * (2 * 2 + 2 * 2) * 8 * 4 // 2
+    assert f"all-to-all over 2 devices, {sent / 1000:.1f} kB per layer forward, as much backward" in exchanged
     whole = show.layout_lines(tiny.experiment(("mesh.fsdp", "2")), 8)
     assert not any("attention of" in line for line in whole)
 

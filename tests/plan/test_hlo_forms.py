@@ -274,3 +274,29 @@ ENTRY %main (x: bf16[6,8], big: bf16[9,8], o: u32[]) -> bf16[6,8] {{
 """
     cost = hlo.analyse(program)
     assert cost.collective_bytes == {form.split()[0]: sent} and cost.unknown_trips == 0
+
+
+def test_rounds_are_read_through_fusions():
+    """The counter is one of several results of a fusion, the test a fusion of its own."""
+    fused = """%bump (i: s32[], by: s32[]) -> (s32[], s32[]) {
+  %i = s32[] parameter(0)
+  %by = s32[] parameter(1)
+  %sum = s32[] add(%by, %i)
+  ROOT %t = (s32[], s32[]) tuple(%by, %sum)
+}
+
+%less (a: s32[], b: s32[]) -> pred[] {
+  %a = s32[] parameter(0)
+  %b = s32[] parameter(1)
+  ROOT %c = pred[] compare(%b, %a), direction=GT
+}
+
+%body ("""
+    program = looped(0, 7, 2, "LT").replace("%body (", fused, 1)
+    program = program.replace(
+        "%next = s32[]{:T(128)} add(%i, %step)",
+        "%both = (s32[], s32[]) fusion(%i, %step), kind=kLoop, calls=%bump\n"
+        "  %next = s32[] get-tuple-element(%both), index=1",
+    ).replace("compare(%i, %n), direction=LT", "fusion(%i, %n), kind=kLoop, calls=%less")
+    cost = hlo.analyse(program)
+    assert (cost.unknown_trips, cost.opaque_calls) == (0, {"tpu_custom_call": 4})

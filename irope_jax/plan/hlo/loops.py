@@ -66,12 +66,18 @@ class _Loop:
         op = here.instructions.get(name)
         while op is not None and op.opcode in _PASSING:
             op = here.instructions.get(op.operands[0])
-        if op is None:
+        index = None
+        if op is not None and op.opcode == "get-tuple-element":  # one result of a fusion that has several
+            index = int(re.search(r"index=(\d+)", op.attributes)[1])
+            op = here.instructions.get(op.operands[0])
+        if op is None or (index is not None and op.opcode != "fusion"):
             return None
         atoms = [self._atom(here, operand) for operand in op.operands]
         if op.opcode == "fusion":
             inner = self.computations[op.called("calls")[0]]
             op = inner.result
+            if index is not None:
+                op = inner.instructions[op.operands[index]] if op.opcode == "tuple" else op
             found = [self._atom(inner, operand) for operand in op.operands]
             atoms = [atoms[value] if kind == "parameter" else (kind, value) for kind, value in found]
         if op.opcode == "add" and len(atoms) == 2:
