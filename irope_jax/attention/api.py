@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax.sharding import AxisType
 
 from irope_jax.attention import blockwise
-from irope_jax.attention.kernels import splash
+from irope_jax.attention.kernels import cudnn, splash
+from irope_jax.attention.kernels.chunks import run_length
 from irope_jax.attention.mask import Chunked, Global, MaskSpec, Sliding
 from irope_jax.attention.panels import Pieces, Relation
 from irope_jax.attention.reference import attend_reference
@@ -31,6 +32,8 @@ class Case:
       offset: row of the first query minus row of the first key, both in row order; `None` if that is not promised.
       platform: `cpu`, `tpu` or `gpu`: of the mesh in force, else the default one.
       shared: some mesh axis of several devices is left to the compiler (not inside a `shard_map` over it).
+      runs: places per chunk where chunks fold into the batch (`kernels.chunks.run_length`).
+      single: each row, or each chunk that folds, is promised to be one document and padding after it.
       relations: of the panels, if pieces are asked for (`choose_pieces`); `offset` is then unknown.
     """
 
@@ -46,6 +49,8 @@ class Case:
     offset: int | None = None
     platform: str = "cpu"
     shared: bool = False
+    runs: int | None = None
+    single: bool = False
     relations: tuple[Relation, ...] = ()
 
 
@@ -73,10 +78,18 @@ def _splash_refuses(case: Case) -> str | None:
     )  # fmt: skip
 
 
+def _cudnn_refuses(case: Case) -> str | None:
+    return cudnn.refuses(
+        platform=case.platform, dtype=case.dtype, width=case.width, mask=case.mask, slopes=case.slopes,
+        offset=case.offset, lengths=(case.q_length, case.k_length), runs=case.runs, single=case.single,
+    )  # fmt: skip
+
+
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "splash": Implementation(
         splash.attend_splash, _splash_refuses, chosen=lambda case: case.platform == "tpu", pieces=splash.PIECES
     ),
+    "cudnn": Implementation(cudnn.attend_cudnn, _cudnn_refuses, chosen=lambda case: case.platform == "gpu"),
     "blockwise": Implementation(
         blockwise.attend_blockwise, refuses=lambda case: None, chosen=lambda case: True, pieces=blockwise.PIECES
     ),
@@ -183,7 +196,11 @@ def _case(q, k, v, q_info, k_info, mask, slopes) -> Case:
         raise ConfigError("q.shape", (b, t, n, h), f"nothing to attend: batch {b}, {t} queries, {s} keys")
     ordered = q_info.first_row is not None and k_info.first_row is not None
     offset = q_info.first_row - k_info.first_row if ordered else None
-    return Case(b, t, s, n, kv, h, str(q.dtype), mask, slopes is not None, offset, *_surroundings())
+    platform, shared = _surroundings()
+    return Case(
+        b, t, s, n, kv, h, str(q.dtype), mask, slopes is not None, offset, platform, shared,
+        run_length(mask, q_info, k_info), cudnn.one_document(mask, q_info, k_info),
+    )  # fmt: skip
 
 
 def _refuses(row: Implementation, case: Case) -> str | None:

@@ -117,7 +117,9 @@ def test_panels_fold_to_the_whole_and_contribute_its_gradient(mask):
         delta = jnp.sum(finish(acc) * dout, -1)
         first = map(heads_first, (q, k, v, dout))
         panels = thirds(lambda place: place)
-        return [heads_first(x) for x in pieces.contribute(*first, lse, delta, info, info, mask, panels, **options)]
+        start = jnp.ones((1, 2, 384, 8))
+        dq, dk, dv = pieces.contribute(start, *first, lse, delta, info, info, mask, panels, **options)
+        return heads_first(dq - start), heads_first(dk), heads_first(dv)
 
     for part, a, b in zip(("dq", "dk", "dv"), backward(q, k, v, dout, acc.log_sum_exp), grads):
         np.testing.assert_allclose(a, b, atol=3e-5, err_msg=part)
@@ -146,7 +148,7 @@ def test_bfloat16_panels_round_nothing_on_the_way():
             out = finish(acc)
             delta = jnp.sum(out * heads_first(dout), -1)
             return out, splash.contribute_splash(
-                q, k, v, dout, acc.log_sum_exp, delta, info, info, Global(), panels, scale=SCALE
+                jnp.zeros(q.shape), q, k, v, dout, acc.log_sum_exp, delta, info, info, Global(), panels, scale=SCALE
             )
 
         out, (dq, dk, dv) = both(q, k, v, dout)
@@ -263,7 +265,9 @@ def test_pieces_compile_for_a_tpu():
         where = (info, info, Global(), panels)
         acc = pieces.fold(Partial.empty(1, 512, 4, 128), q, k, v, *where, scale=0.1, slopes=None)
         delta = jnp.einsum("btnh,bnth->btn", finish(acc), dout.astype(jnp.float32))
-        return pieces.contribute(q, k, v, dout, acc.log_sum_exp, delta, *where, scale=0.1, slopes=None)
+        return pieces.contribute(
+            jnp.zeros(q.shape), q, k, v, dout, acc.log_sum_exp, delta, *where, scale=0.1, slopes=None
+        )
 
     q, k = shape((4, 4, 512, 128)), shape((4, 2, 512, 128))
     whole = partial(described, mesh, dtype=jnp.int32, spec=P("data"))

@@ -20,7 +20,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from irope_jax.attention.blocks import bounds, fold, fold_length
+from irope_jax.attention.blocks import bounds
+from irope_jax.attention.kernels.chunks import run_length, unchunk
 from irope_jax.attention.kernels.splash_calls import (
     HIDDEN_KEY,
     HIDDEN_QUERY,
@@ -33,7 +34,7 @@ from irope_jax.attention.kernels.splash_calls import (
     backward_q,
     forward,
 )
-from irope_jax.attention.mask import Chunked, Global, MaskSpec
+from irope_jax.attention.mask import Chunked, MaskSpec
 from irope_jax.attention.panels import Panel, Pieces
 from irope_jax.attention.partial import Partial, merge
 from irope_jax.core.types import PAD_SEGMENT, Array, TokenInfo
@@ -115,17 +116,17 @@ def attend_splash(
     to blocks. Chunks of whole blocks fold into the batch where they can.
     """
     assert slopes is None
-    shape = q_BTNH.shape
-    length = fold_length(mask, q_info, k_info)
-    if length is not None and length % LANES == 0:
-        q_BTNH, k_BSKH, v_BSKH = (x.reshape(-1, length, *x.shape[2:]) for x in (q_BTNH, k_BSKH, v_BSKH))
-        q_info, k_info, mask = fold(q_info, length), fold(k_info, length), Global()
+    shape, unbroken = q_BTNH.shape, q_info.unbroken and k_info.unbroken
+    length = run_length(mask, q_info, k_info)
+    if length is not None and (length % LANES == 0 or length == shape[1]):
+        q_BTNH, k_BSKH, v_BSKH, q_info, k_info, mask = unchunk(q_BTNH, k_BSKH, v_BSKH, q_info, k_info, length)
     t, s = q_BTNH.shape[1], k_BSKH.shape[1]
     block_q, block_k = block_length(t), block_length(s)
     low, high = bounds(mask, q_info, k_info, block_q, block_k)
     offset = q_info.first_row - k_info.first_row
     blocks = _blocks(block_q, block_k, low=low, high=high, offset=offset, width=mask.width)
-    out = _attend(q_BTNH, k_BSKH, v_BSKH, _ids(mask, q_info, k_info, block_k), scale, blocks)
+    ids = _ids(mask, q_info, k_info, block_k, unbroken)
+    out = _attend(q_BTNH, k_BSKH, v_BSKH, ids, scale, blocks)
     return out.reshape(shape)
 
 
@@ -161,7 +162,9 @@ def fold_splash(
         q, q_here = _cut(q_BNTH, q_info, panel.q_start, panel.q_length)
         (k, k_here), (v, _) = (_cut(x, k_info, panel.k_start, panel.k_length) for x in (k_BKSH, v_BKSH))
         blocks = _panel_blocks(panel)
-        out, lse = _forward(q, k, v, _ids(mask, q_here, k_here, blocks.block_k), scale, blocks)
+        out, lse = _forward(
+            q, k, v, _ids(mask, q_here, k_here, blocks.block_k, q_info.unbroken and k_info.unbroken), scale, blocks
+        )
         lse = jnp.swapaxes(lse, 1, 2)
         fresh = Partial(_heads_first(out), lse, (lse > -jnp.inf).astype(jnp.float32))
         acc = _merge_at(panel.q_start, acc, fresh)
@@ -169,12 +172,13 @@ def fold_splash(
 
 
 def contribute_splash(
-    q_BNTH, k_BKSH, v_BKSH, dout_BNTH, lse_BTN, delta_BTN, q_info, k_info, mask, panels: tuple[Panel, ...], *, scale,
-    slopes=None,
+    dq, q_BNTH, k_BKSH, v_BKSH, dout_BNTH, lse_BTN, delta_BTN, q_info, k_info, mask, panels: tuple[Panel, ...], *,
+    scale, slopes=None,
 ) -> tuple[Array, Array, Array]:  # fmt: skip
     """`Pieces.contribute`. Panels are `past` or `same`, masks without a window."""
     assert slopes is None
-    grads = tuple(jnp.zeros(x.shape, jnp.float32) for x in (q_BNTH, k_BKSH, v_BKSH))
+    grads = dq, *(jnp.zeros(x.shape, jnp.float32) for x in (k_BKSH, v_BKSH))
+    unbroken = q_info.unbroken and k_info.unbroken
     lse_BNT, delta_BNT = jnp.swapaxes(lse_BTN, 1, 2), jnp.swapaxes(delta_BTN, 1, 2)
     for panel in panels:
         q, q_here = _cut(q_BNTH, q_info, panel.q_start, panel.q_length)
@@ -185,7 +189,7 @@ def contribute_splash(
             lax.dynamic_slice_in_dim(x, panel.q_start, panel.q_length, 2) for x in (dout_BNTH, lse_BNT, delta_BNT)
         )
         blocks = _panel_blocks(panel)
-        ids = _ids(mask, q_here, k_here, blocks.block_k)
+        ids = _ids(mask, q_here, k_here, blocks.block_k, unbroken)
         fresh = _backward(q, k, v, ids, lse, dout, delta, scale, blocks)
         starts = (panel.q_start, panel.k_start, panel.k_start)
         grads = tuple(_add(total, part, start) for total, part, start in zip(grads, fresh, starts))
@@ -234,9 +238,9 @@ def _panel_blocks(panel: Panel) -> Blocks:
     return _blocks(block_q, block_k, low=(0,) * count, high=last, offset=0, width=None)
 
 
-def _ids(mask, q_info, k_info, block_k):
+def _ids(mask, q_info, k_info, block_k, unbroken):
     """Numbers of queries and keys, or `None` where rows alone decide."""
-    if q_info.unbroken and k_info.unbroken and not isinstance(mask, Chunked) and k_info.shape[1] % block_k == 0:
+    if unbroken and not isinstance(mask, Chunked) and k_info.shape[1] % block_k == 0:
         return None
     pairs = ((q_info, HIDDEN_QUERY), (k_info, HIDDEN_KEY))
     return tuple(jnp.where(i.segments == PAD_SEGMENT, hidden, segment_ids(mask, i)) for i, hidden in pairs)
