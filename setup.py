@@ -16,7 +16,9 @@ extras = {
     "plots": ["matplotlib>=3.8"],
     "hf": ["safetensors>=0.4", "tokenizers>=0.20"],
 }
-extras["dev"] = sorted({*extras["text"], *extras["plots"], "pytest>=8", "pytest-xdist>=3.5", "ruff>=0.6"})
+# libtpu compiles for TPUs that are only described, so that tests can look at the programs; it exists for this platform.
+libtpu = "libtpu>=0.0.42; sys_platform == 'linux' and platform_machine == 'x86_64'"
+extras["dev"] = sorted({*extras["text"], *extras["plots"], libtpu, "pytest>=8", "pytest-xdist>=3.5", "ruff>=0.6"})
 
 setup(
     name="irope-jax",
