@@ -216,7 +216,7 @@ def test_a_misspelt_choice_is_refused(field):
 
 
 @pytest.mark.parametrize(
-    "mask", [Sliding(5), Chunked(6), Chunked(4, by="row", shift=3), Chunked(8), Chunked(24)], ids=str
+    "mask", [Sliding(5), Sliding(40), Chunked(6), Chunked(4, by="row", shift=3), Chunked(24)], ids=str
 )
 @pytest.mark.parametrize("run", [2, 4, 8, 16])
 def test_a_halo_is_what_the_mask_itself_says(mask, run):
