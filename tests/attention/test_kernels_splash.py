@@ -98,7 +98,7 @@ def test_panels_fold_to_the_whole_and_contribute_its_gradient(mask):
     info = LONG.replace(first_row=None)
     q, k, v, dout = arrays(info, info)
     out, lse, grads = judge(q, k, v, dout, info, info, mask)
-    name, pieces = choose_pieces(heads_first(q), heads_first(k), mask, ("past", "same"), impl="splash")
+    name, pieces = choose_pieces(q, k, mask, ("past", "same"), impl="splash")
     options = {"scale": SCALE, "slopes": None}
     assert name == "splash"
 
@@ -213,7 +213,7 @@ def test_refusals(change, reason):
 
 
 def test_pieces_that_cannot_be_done_are_an_error_and_otherwise_somebody_elses():
-    q, k = jax.ShapeDtypeStruct((1, 2, 128, 8), jnp.float32), jax.ShapeDtypeStruct((1, 1, 128, 8), jnp.float32)
+    q, k = jax.ShapeDtypeStruct((1, 128, 2, 8), jnp.float32), jax.ShapeDtypeStruct((1, 128, 1, 8), jnp.float32)
     with pytest.raises(ConfigError, match="order of rows"):
         choose_pieces(q, k, Global(), ("any",), impl="splash")
     with pytest.raises(ConfigError, match="does not fold"):
@@ -261,7 +261,7 @@ def test_pieces_compile_for_a_tpu():
         start = starts[0]
         info = TokenInfo(segments, segments, segments)
         panels = (Panel(0, 512, 0, 512, "same"), Panel(start, 256, 0, 512, "past"))
-        _, pieces = choose_pieces(q, k, Global(), {panel.relation for panel in panels})
+        _, pieces = choose_pieces(*map(heads_first, (q, k)), Global(), {panel.relation for panel in panels})
         where = (info, info, Global(), panels)
         acc = pieces.fold(Partial.empty(1, 512, 4, 128), q, k, v, *where, scale=0.1, slopes=None)
         delta = jnp.einsum("btnh,bnth->btn", finish(acc), dout.astype(jnp.float32))
