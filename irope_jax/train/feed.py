@@ -14,7 +14,7 @@ from irope_jax.core.config import ConfigError
 from irope_jax.core.types import Batch
 from irope_jax.data.pipeline import DataConfig, make_iterator
 from irope_jax.model.config import ModelConfig
-from irope_jax.sharding.feed import global_array, row_block
+from irope_jax.sharding.feed import global_array, row_block, rows_needed
 from irope_jax.sharding.mesh import MeshConfig
 from irope_jax.sharding.rules import batch_sharding
 
@@ -41,15 +41,15 @@ class Feed(Iterator[Batch]):
         except ConfigError as error:
             raise ConfigError("config.data.seq_len", data.seq_len, error.fix) from None
         self._layout, self._sharding, self._rows = layout, batch_sharding(mesh), data.batch_size
-        block = row_block(self._sharding, (data.batch_size, data.seq_len), jax.process_index())
-        if block is None:
-            # every process counts: those that load too much are rarely the first
-            log.error(
-                "process %d loads all %d rows of each batch: those its devices need are no equal part of it "
-                "(order the mesh axes so that they are, to load less)",
-                jax.process_index(), data.batch_size,
+        needed = rows_needed(self._sharding, (data.batch_size, data.seq_len))
+        blocks = {process: row_block(ranges, data.batch_size) for process, ranges in needed.items()}
+        if whole := sorted(process for process, block in blocks.items() if block is None):
+            log.warning(
+                "%d of %d processes load all %d rows of each batch, first process %d: those they need are no equal, "
+                "consecutive part of it; other sizes or another order of devices in the mesh would load less",
+                len(whole), len(blocks), data.batch_size, whole[0],
             )  # fmt: skip
-        index, count = block or (0, 1)
+        index, count = blocks[jax.process_index()] or (0, 1)
         self._first_row = index * (data.batch_size // count)
         self._batches = make_iterator(data, process_index=index, process_count=count)
 

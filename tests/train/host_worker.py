@@ -8,13 +8,11 @@ import json
 import os
 import signal
 import sys
+import unittest.mock
 from pathlib import Path
 
 from irope_jax import cli
 from irope_jax.core.records import NullWriter
-
-STOP_AT = 1
-"""Process 1, and it alone, gets SIGTERM when it is told of this step."""
 
 
 def train(place, name):
@@ -39,17 +37,26 @@ def together(place: Path, process: int, port: int) -> None:
     irope("data evaluated", "eval", str(place / "data"), "--step=4")
     irope("both", *train(place, "both"))
 
-    quiet, NullWriter.train = NullWriter.train, terminate
-    irope("context stopped", *train(place, "context"))
-    NullWriter.train = quiet
+    # process 1, and it alone, gets SIGTERM when it is told of step 1, then when it is told a measurement of step 5
+    with patched("train", terminate_at(1)):
+        irope("context stopped", *train(place, "context"))
+    with patched("measure", terminate_at(5)):
+        irope("context cut", *train(place, "context"))
     irope("context", *train(place, "context"))
 
     irope("refused", *train(place, "context"), "--config.train.z_loss=1e-4")  # ends the process
 
 
-def terminate(self, step, scalars):
-    if step == STOP_AT:
-        os.kill(os.getpid(), signal.SIGTERM)
+def patched(method, function):
+    return unittest.mock.patch.object(NullWriter, method, function)
+
+
+def terminate_at(at):
+    def terminate(self, step, *_):
+        if step == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    return terminate
 
 
 if __name__ == "__main__":
