@@ -100,19 +100,14 @@ def partial_blockwise(
       plan: tiles to visit; by default the cheapest plan for these shapes and promises.
     """
     walks = _walks(q_BTNH, k_BSKH, q_info, k_info, mask, slopes, plan)
-    acc = Partial.empty(*q_BTNH.shape)
-    if len(walks) == 1 and walks[0].part.rows_of_tiles == 1:  # keys read once (decoding) are read where they stand
-        keys, read = walks[0].split_keys, Walk.get_k
-    else:  # otherwise a head-major copy pays
-        keys, read = (lambda x_BSKH: walks[0].keys(jnp.swapaxes(x_BSKH, 1, 2))), Walk.k_tile
-    return _fold(walks, acc, jnp.swapaxes(q_BTNH, 1, 2), keys(k_BSKH), keys(v_BSKH), read, scale)
+    return _fold(walks, Partial.empty(*q_BTNH.shape), q_BTNH, k_BSKH, v_BSKH, scale)
 
 
 def fold_panels(
     acc: Partial,
-    q_BNTH: Array,
-    k_BKSH: Array,
-    v_BKSH: Array,
+    q_BTNH: Array,
+    k_BSKH: Array,
+    v_BSKH: Array,
     q_info: TokenInfo,
     k_info: TokenInfo,
     mask: MaskSpec,
@@ -122,17 +117,17 @@ def fold_panels(
     slopes: Array | None = None,
 ) -> Partial:
     """`panels.Pieces.fold`."""
-    walks = _panel_walks(q_BNTH, k_BKSH, q_info, k_info, mask, slopes, panels)
-    return _fold(walks, acc, q_BNTH, walks[0].keys(k_BKSH), walks[0].keys(v_BKSH), Walk.k_tile, scale)
+    walks = _panel_walks(q_BTNH, k_BSKH, q_info, k_info, mask, slopes, panels)
+    return _fold(walks, acc, q_BTNH, k_BSKH, v_BSKH, scale)
 
 
-def _fold(walks: list[Walk], acc: Partial, q_BNTH, k, v, read, scale) -> Partial:
+def _fold(walks: list[Walk], acc: Partial, q_BTNH, k_BSKH, v_BSKH, scale) -> Partial:
     walk = walks[0]
-    q = walk.queries(q_BNTH)
+    q, k, v = walk.q_view.of(q_BTNH), walk.k_view.of(k_BSKH), walk.k_view.of(v_BSKH)
 
     def visit(walk, at, sums):
         out, top, total = sums
-        k_tile, v_tile = read(walk, k, at), read(walk, v, at)
+        k_tile, v_tile = walk.k_tile(k, at), walk.k_tile(v, at)
 
         def fold_in(masked, q_tile, k_tile, v_tile, out, top, total):
             score = walk.scores(at, q_tile, k_tile, masked)
@@ -142,14 +137,14 @@ def _fold(walks: list[Walk], acc: Partial, q_BNTH, k, v, read, scale) -> Partial
             fresh = jnp.einsum("bkms,bksh->bkmh", weight, v_tile, preferred_element_type=jnp.float32)
             return out * shrink[..., None] + fresh, new_top, total * shrink + jnp.sum(weight, axis=-1)
 
-        old = (walk.get_q(out, at), walk.q_line(top, at), walk.q_line(total, at))
+        old = (walk.q_tile(out, at), walk.q_line(top, at), walk.q_line(total, at))
         new = walk.decide(
             at, lambda *a: a[3:], bind(fold_in, False), bind(fold_in, True),
             walk.q_tile(q, at) * scale, k_tile, v_tile, *old,
         )  # fmt: skip
         return walk.put_q(out, new[0], at), walk.put_line(top, new[1], at), walk.put_line(total, new[2], at)
 
-    start = walk.split_queries(acc.out), walk.line(jnp.maximum(acc.max, FLOOR)), walk.line(acc.sum)
+    start = walk.q_view.of(acc.out), walk.line(jnp.maximum(acc.max, FLOOR)), walk.line(acc.sum)
     start = walk.like_inputs(start, q, k, v)
     out, top, total = reduce(lambda sums, walk: walk.loop(visit, sums), walks, start)
     total = walk.unline(total)
@@ -181,17 +176,17 @@ def backward_blockwise(
     """
     walks = _walks(q_BTNH, k_BSKH, q_info, k_info, mask, slopes, plan)
     delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1)
-    q, k, v, do = (jnp.swapaxes(x, 1, 2) for x in (q_BTNH, k_BSKH, v_BSKH, dout))
-    like = walks[0].split_keys(k_BSKH)
-    dq, dk, dv = _contribute(walks, q, k, v, do, lse, delta, like, Walk.add_k, scale)
-    return jnp.moveaxis(dq, -1, 2).reshape(q_BTNH.shape), dk.reshape(k_BSKH.shape), dv.reshape(v_BSKH.shape)
+    b, t, n, h = q_BTNH.shape
+    dq, dk, dv = _contribute(walks, jnp.zeros((b, n, h, t)), q_BTNH, k_BSKH, v_BSKH, dout, lse, delta, scale)
+    return jnp.moveaxis(dq, -1, 1), dk, dv
 
 
 def contribute_panels(
-    q_BNTH: Array,
-    k_BKSH: Array,
-    v_BKSH: Array,
-    dout_BNTH: Array,
+    dq_BNHT: Array,
+    q_BTNH: Array,
+    k_BSKH: Array,
+    v_BSKH: Array,
+    dout_BTNH: Array,
     lse_BTN: Array,
     delta_BTN: Array,
     q_info: TokenInfo,
@@ -203,27 +198,22 @@ def contribute_panels(
     slopes: Array | None = None,
 ) -> tuple[Array, Array, Array]:
     """`panels.Pieces.contribute`."""
-    walks = _panel_walks(q_BNTH, k_BKSH, q_info, k_info, mask, slopes, panels)
-    like = walks[0].keys(k_BKSH)
-    dq, dk, dv = _contribute(
-        walks, q_BNTH, k_BKSH, v_BKSH, dout_BNTH, lse_BTN, delta_BTN, like, Walk.add_k_tile, scale
-    )
-    return jnp.swapaxes(dq, -1, -2).reshape(q_BNTH.shape), dk.reshape(k_BKSH.shape), dv.reshape(v_BKSH.shape)
+    walks = _panel_walks(q_BTNH, k_BSKH, q_info, k_info, mask, slopes, panels)
+    return _contribute(walks, dq_BNHT, q_BTNH, k_BSKH, v_BSKH, dout_BTNH, lse_BTN, delta_BTN, scale)
 
 
-def _contribute(walks: list[Walk], q_BNTH, k_BKSH, v_BKSH, dout_BNTH, lse, delta, like, add_k, scale):
-    """`dq` as `[rows, row tiles, heads, head tiles, g, h, T]`, `dk` and `dv` in the layout of `like`."""
+def _contribute(walks: list[Walk], dq_BNHT, q_BTNH, k_BSKH, v_BSKH, dout_BTNH, lse, delta, scale):
     walk = walks[0]
-    q, k, v, do = walk.queries(q_BNTH), walk.keys(k_BKSH), walk.keys(v_BKSH), walk.queries(dout_BNTH)
-    k_upright = jnp.moveaxis(k, 4, 5)
+    q, do = walk.q_view.of(q_BTNH), walk.q_view.of(dout_BTNH)
+    k, v = walk.k_view.of(k_BSKH), walk.k_view.of(v_BSKH)
     delta, lse = walk.line(delta), walk.line(jnp.where(lse == -jnp.inf, 0.0, lse))
 
-    def contribute(walk, masked, at, q_tile, k_tile, v_tile, do_tile, k_upright, lse, delta):
+    def contribute(walk, masked, at, q_tile, k_tile, v_tile, do_tile, lse, delta):
         dot = bind(jnp.einsum, preferred_element_type=jnp.float32)
         weight = jnp.exp(walk.scores(at, q_tile, k_tile, masked, keys_first=True) - lse[:, :, None, :])
         d_score = weight * (dot("bksh,bkmh->bksm", v_tile, do_tile) - delta[:, :, None, :])
         return (
-            dot("bkhs,bksm->bkhm", k_upright, d_score),
+            dot("bkhs,bksm->bkhm", jnp.swapaxes(k_tile, 2, 3), d_score) * scale,
             dot("bksm,bkmh->bksh", d_score, q_tile),
             dot("bksm,bkmh->bksh", weight, do_tile),
         )
@@ -236,17 +226,17 @@ def _contribute(walks: list[Walk], q_BNTH, k_BKSH, v_BKSH, dout_BNTH, lse, delta
         dq, dk, dv = sums
         tiles = (
             walk.q_tile(q, at) * scale, walk.k_tile(k, at), walk.k_tile(v, at), walk.q_tile(do, at),
-            walk.k_upright_tile(k_upright, at), walk.q_line(lse, at), walk.q_line(delta, at),
+            walk.q_line(lse, at), walk.q_line(delta, at),
         )  # fmt: skip
         fresh = walk.decide(
             at, nothing, bind(contribute, walk, False, at), bind(contribute, walk, True, at), *tiles
         )  # fmt: skip
-        return walk.add_upright(dq, fresh[0], at), add_k(walk, dk, fresh[1], at), add_k(walk, dv, fresh[2], at)
+        return walk.add_upright(dq, fresh[0], at), walk.add_k(dk, fresh[1], at), walk.add_k(dv, fresh[2], at)
 
-    zeros = tuple(map(jnp.zeros, (jnp.swapaxes(q, -1, -2).shape, like.shape, like.shape)))
-    start = walk.like_inputs(zeros, q, k, v, do)
+    zeros = walk.k_view.of(jnp.zeros(walk.k_view.sizes))
+    start = walk.like_inputs((walk.upright_view.of(dq_BNHT), zeros, zeros), q, k, v, do)
     dq, dk, dv = reduce(lambda sums, walk: walk.loop(visit, sums), walks, start)
-    return dq * scale, dk, dv
+    return dq.reshape(dq_BNHT.shape), dk.reshape(k_BSKH.shape), dv.reshape(v_BSKH.shape)
 
 
 def _walks(q_BTNH, k_BSKH, q_info, k_info, mask, slopes, plan) -> list[Walk]:
@@ -257,11 +247,10 @@ def _walks(q_BTNH, k_BSKH, q_info, k_info, mask, slopes, plan) -> list[Walk]:
     return [Walk(sizes, q_info, k_info, mask, slopes, plan, part) for part in parts]
 
 
-def _panel_walks(q_BNTH, k_BKSH, q_info, k_info, mask, slopes, panels) -> list[Walk]:
-    group = q_BNTH.shape[1] // k_BKSH.shape[1]
-    plan = plan_panels(panels, mask, q_info, k_info, k_BKSH.shape[1], group)
-    q_BTNH, k_BSKH = (jax.eval_shape(lambda x: jnp.swapaxes(x, 1, 2), x) for x in (q_BNTH, k_BKSH))
+def _panel_walks(q_BTNH, k_BSKH, q_info, k_info, mask, slopes, panels) -> list[Walk]:
+    kv = k_BSKH.shape[2]
+    plan = plan_panels(panels, mask, q_info, k_info, kv, q_BTNH.shape[2] // kv)
     return _walks(q_BTNH, k_BSKH, q_info, k_info, mask, slopes, plan)
 
 
-PIECES = Pieces(fold=fold_panels, contribute=contribute_panels)
+PIECES = Pieces(fold=fold_panels, contribute=contribute_panels, head_major=False, dq_axes="BNHT")

@@ -13,8 +13,6 @@ from typing import Literal
 
 import jax
 
-from irope_jax.core.types import Array
-
 Relation = Literal["past", "same", "any"]
 """What is known of a panel's rows.
 
@@ -43,21 +41,29 @@ class Panel:
 
 @dataclass(frozen=True)
 class Pieces:
-    """How a kernel folds panels. Arrays are head-major: what travels between devices is what the kernel reads.
+    """How a kernel folds panels.
+
+    Queries, keys, values and cotangents come with axes `[B, N, T, H]` and `[B, K, S, H]` where `head_major`, else
+    `[B, T, N, H]` and `[B, S, K, H]`: what travels between devices is what the kernel reads. Gradients come back alike.
 
     Attributes:
-      fold: `(acc, q_BNTH, k_BKSH, v_BKSH, q_info, k_info, mask, panels, *, scale, slopes) -> Partial`. Folds the panels
-        into `acc` (a `Partial` with `out [B,T,N,H]`, `max` and `sum [B,T,N]`, float32). No pair outside the panels
-        counts; inside them the mask, the documents and causality by the coordinates decide.
-      contribute: `(q_BNTH, k_BKSH, v_BKSH, dout_BNTH, lse_BTN, delta_BTN, q_info, k_info, mask, panels, *, scale,
-        slopes) -> (dq_BNTH, dk_BKSH, dv_BKSH)`, float32: what the panels contribute to the gradients. `lse` is the
-        log-sum-exp over all keys (`-inf` where a query saw nothing), `delta` is `sum_h(out * dout)`.
+      fold: `(acc, q, k, v, q_info, k_info, mask, panels, *, scale, slopes) -> Partial`. Folds the panels into `acc` (a
+        `Partial` with `out [B,T,N,H]`, `max` and `sum [B,T,N]`, float32). No visible pair lies outside the panels;
+        inside them the mask, the documents and causality by the coordinates decide.
+      contribute: `(dq, q, k, v, dout, lse_BTN, delta_BTN, q_info, k_info, mask, panels, *, scale, slopes) -> (dq, dk,
+        dv)`, float32: adds to `dq` what the panels contribute to it, and gives what they contribute to the gradients of
+        keys and values. `lse` is the log-sum-exp over all keys (`-inf` where a query saw nothing), `delta` is
+        `sum_h(out * dout)`.
+      head_major: order of axes.
+      dq_axes: order of axes in which `dq` is collected.
     """
 
     fold: Callable
     contribute: Callable
+    head_major: bool = True
+    dq_axes: Literal["BTNH", "BNTH", "BNHT"] = "BNTH"
 
 
-def whole(q: Array, k: Array, relation: Relation) -> tuple[Panel, ...]:
-    """One panel of all places of head-major `q [B, N, T, H]` and `k [B, K, S, H]`."""
-    return (Panel(0, q.shape[2], 0, k.shape[2], relation),)
+def whole(q_length: int, k_length: int, relation: Relation) -> tuple[Panel, ...]:
+    """One panel of all places."""
+    return (Panel(0, q_length, 0, k_length, relation),)

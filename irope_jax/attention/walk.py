@@ -5,6 +5,8 @@ Which tiles there are is decided in `blocks`; what is computed at a visit, in `b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import jax
@@ -30,6 +32,45 @@ class Sizes(NamedTuple):
     h: int
 
 
+@dataclass(frozen=True)
+class View:
+    """An array that a loop carries, and the tile of it that a visit reads or writes.
+
+    Attributes:
+      sizes: axes of the array as the walk thinks of them.
+      tile: axes of a tile.
+
+    Axes of size 1 are left out of the array itself: compilers give them layouts that differ in nothing, and copy the
+    whole array from one to the other at the door of each loop.
+    """
+
+    sizes: tuple[int, ...]
+    tile: tuple[int, ...]
+
+    @property
+    def kept(self) -> list[int]:
+        return [i for i, size in enumerate(self.sizes) if size > 1] or [0]
+
+    def of(self, x):
+        """The array as the loop carries it."""
+        return x.reshape([self.sizes[i] for i in self.kept])
+
+    def full(self, x):
+        """The array with all its axes again."""
+        return x.reshape(self.sizes)
+
+    def _pick(self, values: Sequence) -> list:
+        return [values[i] for i in self.kept]
+
+    def read(self, x, start: Sequence):
+        """The tile that begins at `start`, with all its axes."""
+        return lax.dynamic_slice(x, self._pick(start), self._pick(self.tile)).reshape(self.tile)
+
+    def write(self, x, tile, start: Sequence):
+        """The array with a tile put at `start`."""
+        return lax.dynamic_update_slice(x, tile.reshape(self._pick(self.tile)), self._pick(start))
+
+
 class Walk:
     """Geometry of the loop: how the arrays are seen, sliced and written at a visit. Holds no running state.
 
@@ -49,36 +90,28 @@ class Walk:
         self.slopes = None
         if slopes is not None:
             self.slopes = lax.stop_gradient(slopes).astype(jnp.float32).reshape(plan.heads, self.head_tiles, self.g)
+        b, bt, k, kt = plan.rows, self.row_tiles, plan.heads, self.head_tiles
+        g, t, s, h, bq, bk = self.g, self.t, self.s, self.h, part.block_q, part.block_k
+        self.q_view = View((b, bt, t, k, kt, g, h), (b, 1, bq, k, 1, g, h))
+        self.k_view = View((b, bt, s, k, kt, h), (b, 1, bk, k, 1, h))
+        # width before place: what the product that makes it gives fastest
+        self.upright_view = View((b, bt, k, kt, g, h, t), (b, 1, k, 1, g, h, bq))
+        # numbers per query, places last
+        self.line_view = View((b, bt, k, kt, g, t), (b, 1, k, 1, g, bq))
 
     def _split_rows(self, tree):
         return jax.tree.map(lambda x: x.reshape(self.plan.rows, self.row_tiles, *x.shape[1:]), tree)
 
-    def queries(self, x_BNTH):
-        """`[rows, row tiles, heads, head tiles, g, T, h]`: head-major, so that a tile is read in long runs."""
-        p = self.plan
-        return x_BNTH.reshape(p.rows, self.row_tiles, p.heads, self.head_tiles, self.g, self.t, self.h)
-
-    def keys(self, x_BKSH):
-        """`[rows, row tiles, heads, head tiles, S, h]`."""
-        p = self.plan
-        return x_BKSH.reshape(p.rows, self.row_tiles, p.heads, self.head_tiles, self.s, self.h)
-
-    def split_queries(self, x_BTNH):
-        p = self.plan
-        return x_BTNH.reshape(p.rows, self.row_tiles, self.t, p.heads, self.head_tiles, self.g, self.h)
-
-    def split_keys(self, x_BSKH):
-        p = self.plan
-        return x_BSKH.reshape(p.rows, self.row_tiles, self.s, p.heads, self.head_tiles, self.h)
-
     def line(self, x_BTN):
-        """Per-query numbers with places last: `[rows, row tiles, heads, head tiles, g, T]`."""
+        """Per-query numbers with places last."""
         p = self.plan
         shape = (p.rows, self.row_tiles, self.t, p.heads, self.head_tiles, self.g)
-        return jnp.moveaxis(jnp.broadcast_to(x_BTN, (self.batch, self.t, self.kv * self.g)).reshape(shape), 2, -1)
+        x_BTN = jnp.broadcast_to(x_BTN, (self.batch, self.t, self.kv * self.g))
+        return self.line_view.of(jnp.moveaxis(x_BTN.reshape(shape), 2, -1))
 
     def unline(self, x):
-        return jnp.moveaxis(x, -1, 2).reshape(self.batch, self.t, self.kv * self.g)
+        """Back to `[B, T, N]`."""
+        return jnp.moveaxis(self.line_view.full(x), -1, 2).reshape(self.batch, self.t, self.kv * self.g)
 
     def like_inputs(self, tree, *more):
         """The same values, varying over the same mesh axes as the inputs: what a loop inside `shard_map` must carry."""
@@ -115,89 +148,47 @@ class Walk:
         return jnp.minimum(j * self.part.block_k, self.s - self.part.block_k)
 
     def q_tile(self, x, at):
-        """`[b, k, m, h]` of an array in the layout of `queries`."""
+        """`[b, k, m, h]` of an array in `q_view`."""
         r, n, i, _ = at
-        p = self.plan
-        size = (p.rows, 1, p.heads, 1, self.g, self.part.block_q, self.h)
-        x = lax.dynamic_slice(x, (0, r, 0, n, 0, self.q_start(i), 0), size).astype(jnp.float32)
-        return x.reshape(p.rows, p.heads, self.g * self.part.block_q, self.h)
-
-    def get_q(self, x, at):
-        """`[b, k, m, h]` of an array in the caller's layout (`split_queries`)."""
-        r, n, i, _ = at
-        p = self.plan
-        size = (p.rows, 1, self.part.block_q, p.heads, 1, self.g, self.h)
-        x = lax.dynamic_slice(x, (0, r, self.q_start(i), 0, n, 0, 0), size)
-        x = x.reshape(p.rows, self.part.block_q, p.heads, self.g, self.h).transpose(0, 2, 3, 1, 4)
-        return x.reshape(p.rows, p.heads, self.g * self.part.block_q, self.h)
+        x = self.q_view.read(x, (0, r, self.q_start(i), 0, n, 0, 0)).astype(jnp.float32)
+        x = x[:, 0, :, :, 0].transpose(0, 2, 3, 1, 4)
+        return x.reshape(self.plan.rows, self.plan.heads, self.g * self.part.block_q, self.h)
 
     def put_q(self, x, tile, at):
+        """Writes `[b, k, m, h]` into an array in `q_view`."""
         r, n, i, _ = at
-        p = self.plan
-        tile = tile.reshape(p.rows, p.heads, self.g, self.part.block_q, self.h).transpose(0, 3, 1, 2, 4)
-        return lax.dynamic_update_slice(x, tile[:, None, :, :, None], (0, r, self.q_start(i), 0, n, 0, 0))
+        tile = tile.reshape(self.plan.rows, self.plan.heads, self.g, self.part.block_q, self.h)
+        return self.q_view.write(x, tile.transpose(0, 3, 1, 2, 4), (0, r, self.q_start(i), 0, n, 0, 0))
 
     def add_upright(self, x, tile, at):
-        """Adds `[b, k, h, m]` to sums kept as `[rows, row tiles, heads, head tiles, g, h, T]`."""
+        """Adds `[b, k, h, m]` to sums in `upright_view`."""
         r, n, i, _ = at
-        p = self.plan
         start = (0, r, 0, n, 0, 0, self.q_start(i))
-        old = lax.dynamic_slice(x, start, (p.rows, 1, p.heads, 1, self.g, self.h, self.part.block_q))
-        tile = tile.reshape(p.rows, p.heads, self.h, self.g, self.part.block_q).transpose(0, 1, 3, 2, 4)
-        return lax.dynamic_update_slice(x, old + tile[:, None, :, None], start)
-
-    def k_upright_tile(self, x, at):
-        """Keys `[b, k, h, s]` of an array kept as `[rows, row tiles, heads, head tiles, h, S]`."""
-        r, n, _, j = at
-        p = self.plan
-        size = (p.rows, 1, p.heads, 1, self.h, self.part.block_k)
-        x = lax.dynamic_slice(x, (0, r, 0, n, 0, self.k_start(j)), size).astype(jnp.float32)
-        return x.reshape(p.rows, p.heads, self.h, self.part.block_k)
+        tile = tile.reshape(self.plan.rows, self.plan.heads, self.h, self.g, self.part.block_q)
+        old = self.upright_view.read(x, start)
+        return self.upright_view.write(x, old + tile.transpose(0, 1, 3, 2, 4)[:, None, :, None], start)
 
     def k_tile(self, x, at):
-        """`[b, k, s, h]` of an array in the layout of `keys`."""
+        """`[b, k, s, h]` of an array in `k_view`."""
         r, n, _, j = at
-        p = self.plan
-        size = (p.rows, 1, p.heads, 1, self.part.block_k, self.h)
-        x = lax.dynamic_slice(x, (0, r, 0, n, self.k_start(j), 0), size).astype(jnp.float32)
-        return x.reshape(p.rows, p.heads, self.part.block_k, self.h)
-
-    def get_k(self, x, at):
-        """`[b, k, s, h]` of an array in the caller's layout (`split_keys`)."""
-        r, n, _, j = at
-        p = self.plan
-        size = (p.rows, 1, self.part.block_k, p.heads, 1, self.h)
-        x = lax.dynamic_slice(x, (0, r, self.k_start(j), 0, n, 0), size).astype(jnp.float32)
-        return x.reshape(p.rows, self.part.block_k, p.heads, self.h).transpose(0, 2, 1, 3)
-
-    def add_k_tile(self, x, tile, at):
-        """Adds `[b, k, s, h]` to sums in the layout of `keys`."""
-        r, n, _, j = at
-        p = self.plan
-        start = (0, r, 0, n, self.k_start(j), 0)
-        old = lax.dynamic_slice(x, start, (p.rows, 1, p.heads, 1, self.part.block_k, self.h))
-        return lax.dynamic_update_slice(x, old + tile[:, None, :, None], start)
+        x = self.k_view.read(x, (0, r, self.k_start(j), 0, n, 0))[:, 0, :, :, 0].astype(jnp.float32)
+        return x.transpose(0, 2, 1, 3)
 
     def add_k(self, x, tile, at):
-        """Adds `[b, k, s, h]` to sums in the caller's layout (`split_keys`)."""
+        """Adds `[b, k, s, h]` to sums in `k_view`."""
         r, n, _, j = at
-        p = self.plan
         start = (0, r, self.k_start(j), 0, n, 0)
-        old = lax.dynamic_slice(x, start, (p.rows, 1, self.part.block_k, p.heads, 1, self.h))
-        return lax.dynamic_update_slice(x, old + tile.transpose(0, 2, 1, 3)[:, None, :, :, None], start)
+        tile = tile.transpose(0, 2, 1, 3)[:, None, :, :, None]
+        return self.k_view.write(x, self.k_view.read(x, start) + tile, start)
 
     def q_line(self, x, at):
         r, n, i, _ = at
-        p = self.plan
-        size = (p.rows, 1, p.heads, 1, self.g, self.part.block_q)
-        x = lax.dynamic_slice(x, (0, r, 0, n, 0, self.q_start(i)), size)
-        return x.reshape(p.rows, p.heads, self.g * self.part.block_q)
+        x = self.line_view.read(x, (0, r, 0, n, 0, self.q_start(i)))
+        return x.reshape(self.plan.rows, self.plan.heads, self.g * self.part.block_q)
 
     def put_line(self, x, line, at):
         r, n, i, _ = at
-        p = self.plan
-        line = line.reshape(p.rows, 1, p.heads, 1, self.g, self.part.block_q)
-        return lax.dynamic_update_slice(x, line, (0, r, 0, n, 0, self.q_start(i)))
+        return self.line_view.write(x, line, (0, r, 0, n, 0, self.q_start(i)))
 
     def decide(self, at, nothing, plain, masked, *operands):
         """What `nothing`, `plain` or `masked` makes of the operands, by what is visible in the tile.

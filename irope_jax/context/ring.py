@@ -72,13 +72,17 @@ class Ring:
         """Whether a piece of keys holds anything before some own query; `True` if that is always so or unknown."""
         return source < mine if self.layout is not None and self.layout.kind == "contiguous" else True
 
-    def panels(self, q, k, mine, source) -> tuple[Panel, ...]:
-        """What a hop computes of head-major queries and keys."""
+    def own_panels(self, length: int) -> tuple[Panel, ...]:
+        """What is computed of the own keys."""
+        return whole(length, length, self.relations()[0])
+
+    def panels(self, length: int, mine, source) -> tuple[Panel, ...]:
+        """What a hop computes; pieces have `length` places."""
         if self.layout is None:
-            return whole(q, k, "any")
+            return whole(length, length, "any")
         if self.layout.runs_per_piece == 1:
-            return whole(q, k, "past")
-        half = k.shape[2] // 2
+            return whole(length, length, "past")
+        half = length // 2
         other = jnp.where(source < mine, 0, half)
         return Panel(half, half, 0, half, "past"), Panel(other, half, other, half, "past")
 
@@ -110,21 +114,22 @@ def _ring(q, k, v, info, slopes, mask, scale, pieces, ring):
     return _forward(q, k, v, info, slopes, mask, scale, pieces, ring)[0]
 
 
-def head_major(x):
-    return jnp.swapaxes(x, 1, 2)
+def _for_kernel(pieces: Pieces, x):
+    return jnp.swapaxes(x, 1, 2) if pieces.head_major else x
 
 
 def _forward(q, k, v, info, slopes, mask, scale, pieces, ring):
     coordinates, mine = Coordinates.of(info, ring.layout, mask), ring.place()
-    q_BNTH, k_BKSH, v_BKSH = map(head_major, (q, k, v))
+    saved, out_like = (q, k, v, info, slopes), q
+    q, k, v = (_for_kernel(pieces, x) for x in (q, k, v))
     fold = bind(pieces.fold, mask=mask, scale=scale, slopes=slopes)
+    own_panels, panels = ring.own_panels(info.shape[1]), bind(ring.panels, info.shape[1], mine)
 
     def hop(acc, t, moving):
         k, v, cargo = moving
         source = (mine - t) % ring.parts
         k_info = coordinates.unload(cargo, source, info)
-        panels = ring.panels(q_BNTH, k, mine, source)
-        look = lambda acc: fold(acc, q_BNTH, k, v, info, k_info, panels=panels)
+        look = lambda acc: fold(acc, q, k, v, info, k_info, panels=panels(source))
         seen = ring.visible(mine, source)
         return look(acc) if seen is True else lax.cond(seen, look, lambda acc: acc, acc)
 
@@ -133,37 +138,36 @@ def _forward(q, k, v, info, slopes, mask, scale, pieces, ring):
         coming = ring.send(moving)
         return (hop(acc, t, moving), coming), None
 
-    own = (k_BKSH, v_BKSH, coordinates.cargo(info))
-    coming = ring.send(own) if ring.parts > 1 else None
-    relation = "any" if ring.layout is None else "same"
-    acc = fold(Partial.empty(*q.shape), q_BNTH, k_BKSH, v_BKSH, info, info, panels=whole(q_BNTH, k_BKSH, relation))
+    coming = ring.send((k, v, coordinates.cargo(info))) if ring.parts > 1 else None
+    acc = fold(Partial.empty(*out_like.shape), q, k, v, info, info, panels=own_panels)
     if ring.parts > 2:
         (acc, coming), _ = lax.scan(step, (acc, coming), jnp.arange(1, ring.parts - 1))
     if ring.parts > 1:
         acc = hop(acc, ring.parts - 1, coming)
-    out = checkpoint_name(finish(acc, q.dtype), "attention_out")
+    out = checkpoint_name(finish(acc, out_like.dtype), "attention_out")
     lse = checkpoint_name(acc.log_sum_exp, "attention_lse")
-    return out, (q, k, v, info, slopes, out, lse)
+    return out, (*saved, out, lse)
 
 
 def _backward(mask, scale, pieces, ring, saved, dout):
     q, k, v, info, slopes, out, lse = saved
     coordinates, mine = Coordinates.of(info, ring.layout, mask), ring.place()
     delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1)
-    q_BNTH, k_BKSH, v_BKSH, do_BNTH = map(head_major, (q, k, v, dout))
+    like = q, k, v
+    q, k, v, dout = (_for_kernel(pieces, x) for x in (q, k, v, dout))
     contribute = bind(pieces.contribute, mask=mask, scale=scale, slopes=slopes)
+    own_panels, panels = ring.own_panels(info.shape[1]), bind(ring.panels, info.shape[1], mine)
     packed = k.dtype if ring.gradients == "keys" else jnp.float32
 
-    def hop(t, moving):
+    def hop(dq, t, moving):
         k, v, cargo = moving
         source = (mine - t) % ring.parts
         k_info = coordinates.unload(cargo, source, info)
-        panels = ring.panels(q_BNTH, k, mine, source)
-        look = lambda: contribute(q_BNTH, k, v, do_BNTH, lse, delta, info, k_info, panels=panels)
+        look = lambda dq: contribute(dq, q, k, v, dout, lse, delta, info, k_info, panels=panels(source))
+        blank = lambda dq: (dq, jnp.zeros(k.shape), jnp.zeros(v.shape))
         seen = ring.visible(mine, source)
-        if seen is True:
-            return look()
-        return lax.cond(seen, look, lambda: jax.tree.map(jnp.zeros_like, jax.eval_shape(look)))
+        dq, *fresh = look(dq) if seen is True else lax.cond(seen, look, blank, dq)
+        return dq, tuple(fresh)
 
     def send(homing, hops=1):
         moved = ring.send(jax.tree.map(lambda x: x.astype(packed), homing), hops)
@@ -175,29 +179,28 @@ def _backward(mask, scale, pieces, ring, saved, dout):
     def step(state, t):
         dq, homing, moving = state
         coming, homing = ring.send(moving), send(homing)
-        fresh = hop(t, moving)
-        return (dq + fresh[0], add(homing, fresh[1:]), coming), None
+        dq, fresh = hop(dq, t, moving)
+        return (dq, add(homing, fresh), coming), None
 
-    dq, homing = 0.0, None
+    sizes = dict(zip("BTNH", like[0].shape))
+    dq, homing = jnp.zeros([sizes[axis] for axis in pieces.dq_axes]), None
     if ring.parts > 1:
-        moving = ring.send((k_BKSH, v_BKSH, coordinates.cargo(info)))
+        moving = ring.send((k, v, coordinates.cargo(info)))
         coming = ring.send(moving) if ring.parts > 2 else None
-        dq, *homing = hop(1, moving)
-        homing = tuple(homing)
+        dq, homing = hop(dq, 1, moving)
         if ring.parts > 3:
             state = (dq, homing, coming)
             (dq, homing, coming), _ = lax.scan(step, state, jnp.arange(2, ring.parts - 1))
         if ring.parts > 2:
             homing = send(homing)
-            fresh = hop(ring.parts - 1, coming)
-            dq, homing = dq + fresh[0], add(homing, fresh[1:])
+            dq, fresh = hop(dq, ring.parts - 1, coming)
+            homing = add(homing, fresh)
         homing = send(homing, 1 - ring.parts)  # home, while the own keys are dealt with
-    relation = "any" if ring.layout is None else "same"
-    panels = whole(q_BNTH, k_BKSH, relation)
-    fresh = contribute(q_BNTH, k_BKSH, v_BKSH, do_BNTH, lse, delta, info, info, panels=panels)
-    dq, (dk, dv) = dq + fresh[0], fresh[1:] if homing is None else add(homing, fresh[1:])
-    dq, dk, dv = (head_major(g).astype(x.dtype) for g, x in zip((dq, dk, dv), (q, k, v)))
-    return dq, dk, dv, None, None
+    dq, *fresh = contribute(dq, q, k, v, dout, lse, delta, info, info, panels=own_panels)
+    dk, dv = fresh if homing is None else add(homing, tuple(fresh))
+    dq = dq.transpose([pieces.dq_axes.index(axis) for axis in "BTNH"])
+    grads = dq, _for_kernel(pieces, dk), _for_kernel(pieces, dv)
+    return *(g.astype(x.dtype) for g, x in zip(grads, like)), None, None
 
 
 _ring.defvjp(_forward, _backward)

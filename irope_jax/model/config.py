@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from irope_jax.attention.mask import Chunked, Global, MaskSpec, Sliding
+from irope_jax.context.strategy import ContextConfig
 from irope_jax.core.config import ConfigError
 from irope_jax.core.types import Precision
 from irope_jax.model.feed_forward import FfnSpec
@@ -55,8 +56,10 @@ class ModelConfig:
       residual_init_std: that of the projections back into the residual stream; None means `init_std / sqrt(2 L)`. Near
         zero, a layer starts as the identity and a deep model learns at first like a shallow one.
       remat: what the backward pass finds saved: `none` recomputes nothing, `full` keeps only each layer's input,
-        `dots` also keeps products of weights and activations.
+        `attention` also keeps what attention gave, so that no ring turns again; `dots` keeps products of weights and
+        activations.
       attention: implementation asked of `attention.attend`; None lets it choose.
+      context: how attention spans devices where the mesh cuts the sequence.
       precision: number formats.
     """
 
@@ -72,8 +75,9 @@ class ModelConfig:
     init_std: float = 0.02
     embedding_init_std: float | None = None
     residual_init_std: float | None = None
-    remat: Literal["none", "full", "dots"] = "none"
+    remat: Literal["none", "full", "attention", "dots"] = "none"
     attention: str | None = None
+    context: ContextConfig = ContextConfig()
     precision: Precision = Precision()
 
     def __post_init__(self):

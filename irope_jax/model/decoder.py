@@ -19,6 +19,7 @@ from irope_jax.sharding.rules import constrain
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
+    "attention": jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse"),
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
 

@@ -62,5 +62,7 @@ class SelfAttention(nn.Module):
 
         # A magnitude that a RoPE scaling asks for goes into the scale: in cos and sin, qk-norm would cancel it.
         scale = cfg.head_dim**-0.5 * logit_factor(layer.position, cfg.head_dim)
-        out_BTNH = attend_sharded(q_BTNH, k_BTKH, v_BTKH, info, info, layer.mask, scale=scale, impl=cfg.attention)
+        out_BTNH = attend_sharded(
+            q_BTNH, k_BTKH, v_BTKH, info, info, layer.mask, scale=scale, impl=cfg.attention, context=cfg.context
+        )
         return jnp.einsum("BTNH,NHD->BTD", out_BTNH, w_o_NHD)
