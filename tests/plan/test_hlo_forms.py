@@ -300,3 +300,20 @@ def test_rounds_are_read_through_fusions():
     ).replace("compare(%i, %n), direction=LT", "fusion(%i, %n), kind=kLoop, calls=%less")
     cost = hlo.analyse(program)
     assert (cost.unknown_trips, cost.opaque_calls) == (0, {"tpu_custom_call": 4})
+
+
+def test_what_a_kernel_says_of_itself_on_several_lines_ends_nothing():
+    """Splash attention's block sizes stand between line breaks; a brace that begins a line is not the body's."""
+    sizes = '"xprof_metadata":"{\\"block_q\\": 1024, \\"x\\": null}"'
+    said = f"frontend_attributes={{kernel_metadata={{\n{sizes}\n}}}}, metadata="
+    plain = looped(0, 5, 1, "LT")
+    program = plain.replace(
+        'custom_call_target="tpu_custom_call", metadata=', f'custom_call_target="tpu_custom_call", {said}'
+    )
+    assert program.count("\n") == plain.count("\n") + 2
+    assert hlo.analyse(program) == hlo.analyse(plain)
+
+
+def test_a_text_cut_short_is_an_error():
+    with pytest.raises(ValueError, match="without a result"):
+        hlo.analyse(LOOPED.replace("  ROOT %t = (s32[]{:T(128)}, bf16", "  %t = (s32[]{:T(128)}, bf16"))

@@ -25,6 +25,7 @@ _BOOKKEEPING = (
     "AsyncCollectiveDone",
     "AsyncCollectiveStart",
     "ConcatBitcast",
+    "GatherScatterIndicesBitpacked",
 )
 """Custom calls of the TPU compiler that neither compute nor send."""
 

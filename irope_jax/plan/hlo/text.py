@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
@@ -11,7 +12,8 @@ from functools import cached_property
 _HEADER = re.compile(r"^(ENTRY\s+)?%?([\w.\-]+)\s*\(.*\)\s*->.*\{\s*$")
 _ASSIGN = re.compile(r"^\s+(ROOT\s+)?%?([\w.\-]+)\s*=\s*")
 _OPCODE = re.compile(r"\s*([\w\-]+)\(")
-_METADATA = re.compile(r'metadata=\{(?:"(?:[^"\\]|\\.)*"|[^"}])*\}')
+_END = re.compile(r'^\}\s*(,\s*execution_thread="[^"]*")?\s*$')
+_METADATA = re.compile(r'(?<!\w)metadata=\{(?:"(?:[^"\\]|\\.)*"|[^"}])*\}')
 _SCOPE = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
 _ARRAY = re.compile(r"\b([a-z]+\d*[a-z0-9]*)\[([\d,<=\s]*)\]")
 _NAME = re.compile(r"%([\w.\-]+)")
@@ -131,8 +133,10 @@ def parse(text: str) -> Program:
     counts = [re.search(rf"\b{name}=(\d+)", header) for name in ("num_partitions", "replica_count")]
     computations: dict[str, Computation] = {}
     entry, current = "", None
-    for line in text.splitlines():
-        if line.startswith("}"):
+    for line in _whole_lines(text):
+        if _END.match(line):
+            if current is not None and current.root is None:
+                raise ValueError(f"a computation without a result in the HLO text, before {line!r}")
             current = None
         elif current is None:
             if head := _HEADER.match(line):
@@ -145,6 +149,22 @@ def parse(text: str) -> Program:
     if not entry:
         raise ValueError("no ENTRY computation; pass the text of compiled.as_text()")
     return Program(computations, entry, math.prod(int(found[1]) for found in counts if found))
+
+
+def _whole_lines(text: str) -> Iterator[str]:
+    """Lines, an instruction on one: what kernels say of themselves stands on several."""
+    pending: list[str] = []
+    for line in text.splitlines():
+        if pending and not (_ASSIGN.match(line) or _END.match(line)):
+            pending.append(line)
+            continue
+        if pending:
+            yield "".join(pending)
+        pending = [line] if _ASSIGN.match(line) else []
+        if not pending:
+            yield line
+    if pending:
+        yield "".join(pending)
 
 
 def arrays_of(type_text: str) -> list[Array]:
