@@ -1,8 +1,8 @@
 """`attend_sharded`: the only attention call the model makes.
 
 On one device it is `attention.attend` itself. On a mesh it opens a `shard_map` in which batch and heads are local, and
-goes the way that `strategy.decide` finds for the mask of the layer, the length, the layout of the tokens and the config.
-Every distinct decision is logged once; one that is not the cheap way of such a mask says what it costs.
+goes the way that `strategy.decide` finds for the mask of the layer, the length, the layout of the tokens and the
+config. Every distinct decision is logged once; one that is not the cheap way of such a mask says what it costs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from irope_jax.attention.mask import MaskSpec
 from irope_jax.context.all_to_all import attend_all_to_all, group_layout
 from irope_jax.context.gather import gather_attention
 from irope_jax.context.halo import attend_halo
-from irope_jax.context.layout import ContextLayout, layout_of
+from irope_jax.context.layout import layout_of
 from irope_jax.context.ring import Ring, ring_attention
 from irope_jax.context.split_keys import attend_split_keys
 from irope_jax.context.strategy import CallShape, ContextConfig, Decision, Promises, decide
@@ -29,6 +29,7 @@ from irope_jax.sharding.rules import spec
 log = logging.getLogger(__name__)
 
 AXIS = "context"
+DEFAULT = ContextConfig()
 
 
 def attend_sharded(
@@ -42,7 +43,7 @@ def attend_sharded(
     scale: float | None = None,
     slopes: Array | None = None,
     impl: str | None = None,
-    context: ContextConfig = ContextConfig(),
+    context: ContextConfig = DEFAULT,
 ) -> jax.Array:
     """Attention over the mesh in force (`jax.set_mesh`), equal to `attention.attend` on one device.
 
@@ -135,7 +136,7 @@ def _ring(
     gradients,
     parts,
     stride,
-    layout: ContextLayout | None,
+    layout,
 ):
     ring = Ring(parts, layout, AXIS, stride, gradients)
     shapes = (jax.eval_shape(lambda x: jnp.swapaxes(x, 1, 2), x) for x in (q_BTNH, k_BSKH))

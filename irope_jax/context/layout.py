@@ -127,7 +127,7 @@ def layout_of(info: TokenInfo, parts: int) -> ContextLayout | None:
     """The layout over `parts` pieces that the promises of `info` tell of; `None` if they tell of none."""
     if info.zigzag is not None:
         return ContextLayout("zigzag", parts) if info.zigzag == parts else None
-    return ContextLayout("contiguous", parts) if info.first_row is not None else None
+    return ContextLayout("contiguous", parts) if info.first_row == 0 else None
 
 
 def picture(layout: ContextLayout, length: int) -> str:
