@@ -19,6 +19,7 @@ from irope_jax.core.config import ConfigError
 RULES: dict[str, str | tuple[str, ...] | None] = {
     # activations
     "batch": ("data", "fsdp"),
+    "group_batch": "data",  # whole within an fsdp group, beside columns that are cut there
     "length": "context",
     # parameters; the widths inside a layer are also activations' last axes
     "embed": "fsdp",
