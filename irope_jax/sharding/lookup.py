@@ -13,7 +13,8 @@ def look_up(table_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.
 
     A device has some columns of the table (`fsdp`) and some rows of the batch, along the same mesh axis. So the devices
     of an fsdp group first look up the tokens of them all in their own columns, then exchange columns for batch rows.
-    Left to itself the compiler finds no way from the one layout to the other and makes the whole batch on every device.
+    Left to itself in a training step, XLA:CPU finds no way from the one layout to the other ("involuntary full
+    rematerialization") and makes the whole batch on every device.
     """
     tokens_BT = constrain(tokens_BT, "group_batch", "length")
     x_BTD = jnp.take(table_VD, tokens_BT, axis=0).astype(dtype)
