@@ -25,7 +25,7 @@ def inputs(batch=1, length=48, heads=2, key_heads=2, width=8, seed=0):
     return make(heads), make(key_heads), make(key_heads), TokenInfo.single(batch, length)
 
 
-@pytest.mark.parametrize("impl", IMPLEMENTATIONS)
+@pytest.mark.parametrize("impl", ["splash", "blockwise", "reference"])
 @pytest.mark.parametrize("mask", MASKS)
 def test_gradient_reaches_exactly_what_the_picture_shows(mask, impl):
     q, k, v, info = inputs(length=80)

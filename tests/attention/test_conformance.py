@@ -75,7 +75,9 @@ SPLASH = (
     ("global", "grouped"), ("global", "fully-masked"), ("chunked-shifted", "packed"), ("chunked-by-row", "packed"),
     ("sliding", "aligned"),
 )  # fmt: skip
-WITH_SLOPES = [name for name in IMPLEMENTATIONS if name != "splash"]
+ANYWHERE = [name for name in IMPLEMENTATIONS if name != "cudnn"]
+"""What runs on every platform; `test_kernels_cudnn.py` has the one that does not."""
+WITH_SLOPES = [name for name in ANYWHERE if name != "splash"]
 
 
 def worth_running(impl, case):
@@ -87,7 +89,7 @@ def worth_running(impl, case):
     return impl != "blockwise" or layout in WHOLE_LAYOUTS
 
 
-EVERY = [(impl, case) for impl in (*IMPLEMENTATIONS, SMALL) for case in CASES if worth_running(impl, case)]
+EVERY = [(impl, case) for impl in (*ANYWHERE, SMALL) for case in CASES if worth_running(impl, case)]
 
 
 @pytest.mark.parametrize("impl, case", EVERY, ids=[f"{impl}/{case.name}" for impl, case in EVERY])
@@ -108,7 +110,7 @@ def test_slopes(impl):
     check(run(*args, mask=x.mask, impl=impl, slopes=jnp.array(slopes)), expected(case, slopes))
 
 
-@pytest.mark.parametrize("impl", [*IMPLEMENTATIONS, SMALL])
+@pytest.mark.parametrize("impl", [*ANYWHERE, SMALL])
 def test_bfloat16_inputs_accumulate_in_float32(impl):
     case = AttentionCase("global/long", Global(), LAYOUTS["plain"])
     x = build(case, dtype=jnp.bfloat16)

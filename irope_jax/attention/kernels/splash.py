@@ -12,6 +12,7 @@ multiplied with, as flash kernels do.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from functools import partial as bind
 
@@ -42,7 +43,7 @@ from irope_jax.core.types import PAD_SEGMENT, Array, TokenInfo
 BLOCKS = (1024, 512, 256, 128)
 """Places per block, greatest first. A block of queries reads all its keys anew: one FLOP per byte and query of the
 block, so 1024 keeps the matrix units of every TPU up to v6e (560 bf16 FLOPs per byte of memory traffic) busy, and its
-tiles fit the 16 MiB of VMEM a kernel gets by default up to head width 256."""
+tiles fit the 16 MiB of VMEM a kernel gets by default. Heads wider than 128 take half as many keys per block."""
 
 COMPUTE = 512
 """Keys per matrix product: a tile of scores is then 2 MiB of float32."""
@@ -94,7 +95,8 @@ def refuses(
         return "rows in order, with `first_row` known while tracing, are what it needs; these are not promised"
     else:
         causal = mask.reach is None
-    if causal and (entries := table_entries(*lengths)) > TABLE:
+    entries = math.prod(-(-length // block) for length, block in zip(lengths, block_lengths(*lengths, width)))
+    if causal and entries > TABLE:
         return f"its table of blocks would have {entries} entries and scalar memory holds {TABLE}; use shorter pieces"
     return None
 
@@ -120,8 +122,7 @@ def attend_splash(
     length = run_length(mask, q_info, k_info)
     if length is not None and (length % LANES == 0 or length == shape[1]):
         q_BTNH, k_BSKH, v_BSKH, q_info, k_info, mask = unchunk(q_BTNH, k_BSKH, v_BSKH, q_info, k_info, length)
-    t, s = q_BTNH.shape[1], k_BSKH.shape[1]
-    block_q, block_k = block_length(t), block_length(s)
+    block_q, block_k = block_lengths(q_BTNH.shape[1], k_BSKH.shape[1], shape[-1])
     low, high = bounds(mask, q_info, k_info, block_q, block_k)
     offset = q_info.first_row - k_info.first_row
     blocks = _blocks(block_q, block_k, low=low, high=high, offset=offset, width=mask.width)
@@ -161,7 +162,7 @@ def fold_splash(
     for panel in panels:
         q, q_here = _cut(q_BNTH, q_info, panel.q_start, panel.q_length)
         (k, k_here), (v, _) = (_cut(x, k_info, panel.k_start, panel.k_length) for x in (k_BKSH, v_BKSH))
-        blocks = _panel_blocks(panel)
+        blocks = _panel_blocks(panel, q.shape[-1])
         out, lse = _forward(
             q, k, v, _ids(mask, q_here, k_here, blocks.block_k, q_info.unbroken and k_info.unbroken), scale, blocks
         )
@@ -188,7 +189,7 @@ def contribute_splash(
         dout, lse, delta = (
             lax.dynamic_slice_in_dim(x, panel.q_start, panel.q_length, 2) for x in (dout_BNTH, lse_BNT, delta_BNT)
         )
-        blocks = _panel_blocks(panel)
+        blocks = _panel_blocks(panel, q.shape[-1])
         ids = _ids(mask, q_here, k_here, blocks.block_k, unbroken)
         fresh = _backward(q, k, v, ids, lse, dout, delta, scale, blocks)
         starts = (panel.q_start, panel.k_start, panel.k_start)
@@ -210,13 +211,13 @@ def segment_ids(mask: MaskSpec, info: TokenInfo) -> Array:
     return info.rows - jnp.minimum((mask.counted(info) + mask.shift) % mask.size, info.positions)
 
 
-def block_length(length: int) -> int:
-    """Places per block for an axis of `length`, which is then padded to a multiple of it."""
-    return next((b for b in BLOCKS if WASTE * (-length % b) <= length), LANES)
+def block_lengths(q_length: int, k_length: int, width: int) -> tuple[int, int]:
+    """Places per block of queries and of keys; the axes are then padded to multiples of them."""
 
+    def most(length, limit):
+        return next((b for b in BLOCKS if b <= limit and WASTE * (-length % b) <= length), LANES)
 
-def table_entries(q_length: int, k_length: int) -> int:
-    return -(-q_length // block_length(q_length)) * -(-k_length // block_length(k_length))
+    return most(q_length, BLOCKS[0]), most(k_length, BLOCKS[0] if width <= LANES else BLOCKS[1])
 
 
 def _blocks(block_q, block_k, **rest) -> Blocks:
@@ -229,8 +230,8 @@ def platform() -> str:
     return jax.default_backend() if device is None else device.platform
 
 
-def _panel_blocks(panel: Panel) -> Blocks:
-    block_q, block_k = block_length(panel.q_length), block_length(panel.k_length)
+def _panel_blocks(panel: Panel, width: int) -> Blocks:
+    block_q, block_k = block_lengths(panel.q_length, panel.k_length, width)
     if panel.relation == "past":
         return _blocks(block_q, block_k, low=None, high=None, offset=None, width=None)
     count = -(-panel.q_length // block_q)
