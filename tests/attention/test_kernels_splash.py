@@ -212,6 +212,13 @@ def test_refusals(change, reason):
     assert said is None if reason is None else reason in said
 
 
+def test_another_version_of_the_kernel_is_refused_not_called(monkeypatch):
+    monkeypatch.setitem(splash_calls.EXPECTED, "_splash_attention_bwd_dq", "q k v")
+    assert "has a different _splash_attention_bwd_dq" in splash_calls._load()[2]
+    monkeypatch.setattr(splash, "UNAVAILABLE", "this version of jax has it differently")
+    assert splash.refuses(**BASE) == splash.UNAVAILABLE
+
+
 def test_pieces_that_cannot_be_done_are_an_error_and_otherwise_somebody_elses():
     q, k = jax.ShapeDtypeStruct((1, 128, 2, 8), jnp.float32), jax.ShapeDtypeStruct((1, 128, 1, 8), jnp.float32)
     with pytest.raises(ConfigError, match="order of rows"):
