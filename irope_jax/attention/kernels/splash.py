@@ -7,8 +7,8 @@ its own number only. What the kernel cannot do, `refuses` says. The calls themse
 Queries enter in float32, multiplied by the scale, so that outputs and gradients of queries come back in float32.
 Pieces hand over keys and values in float32 too where their gradients are asked for, so nothing a ring adds up has been
 rounded. That costs memory, not passes: as everywhere on a TPU at default precision, matrix units round their operands
-to bfloat16 and sum in float32. Weights and gradients of scores are rounded to the type of what they are multiplied with,
-as flash kernels do.
+to bfloat16 and sum in float32. Weights and gradients of scores are rounded to the type of what they are multiplied
+with, as flash kernels do.
 """
 
 from __future__ import annotations
