@@ -15,12 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from irope_jax.checkpoint.native import CheckpointConfig
+from irope_jax.context.layout import ContextLayout
 from irope_jax.core.config import ConfigError, from_dict, nearest, override, to_dict
 from irope_jax.data.pipeline import DataConfig
 from irope_jax.evals.registry import EvalSpec
 from irope_jax.model.config import ModelConfig
-from irope_jax.sharding.mesh import MeshConfig
+from irope_jax.model.decoder import init_params
+from irope_jax.sharding.mesh import MeshConfig, abstract_mesh
+from irope_jax.sharding.rules import tree_shardings
 from irope_jax.train.loop import TrainConfig
 
 
@@ -78,18 +83,25 @@ def check_devices(experiment: Experiment, device_count: int) -> MeshConfig:
     except ConfigError as error:
         raise error.within("config.mesh") from None
     model, data, train = experiment.model, experiment.data, experiment.train
+    layout = ContextLayout(model.context.layout, mesh.context)
     rules = [
-        ("data.batch_size", data.batch_size, train.accumulate * mesh.batch_parts, "train.accumulate x data x fsdp"),
-        ("data.seq_len", data.seq_len, mesh.context, "mesh.context"),
-        ("model.num_kv_heads", model.num_kv_heads, mesh.tensor, "mesh.tensor"),
-        ("model.vocab_size", model.vocab_size, mesh.tensor, "mesh.tensor"),
-        ("model.d_model", model.d_model, mesh.fsdp, "mesh.fsdp"),
+        (
+            "data.batch_size",
+            data.batch_size,
+            train.accumulate * mesh.batch_parts,
+            "train.accumulate x data x fsdp x expert",
+        ),
+        ("data.seq_len", data.seq_len, layout.multiple, f"mesh.context in {layout.kind} order"),
     ]
     for i, evaluation in enumerate(experiment.evals):
         rules += [(f"evals.{i}.lengths", length, mesh.context, "mesh.context") for length in evaluation.lengths]
     for field, size, parts, why in rules:
         if size % parts:
             raise ConfigError(f"config.{field}", size, f"must be a multiple of {why} = {parts}; {_near(size, parts)}")
+    try:
+        tree_shardings(jax.eval_shape(lambda: init_params(model, jax.random.key(0))), abstract_mesh(mesh))
+    except ConfigError as error:
+        raise error.within("config") from None
     return mesh
 
 

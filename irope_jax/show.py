@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from irope_jax.context.layout import ContextLayout
-from irope_jax.context.strategy import CallShape, ContextConfig, Promises, decide, megabytes
+from irope_jax.context.strategy import CallShape, Promises, decide, megabytes
 from irope_jax.core.config import ConfigError, fingerprint, to_dict
 from irope_jax.experiment import Experiment, check_devices, load_config, resolve
 from irope_jax.model.config import draw_layers
@@ -127,7 +127,7 @@ def _attention_lines(experiment: Experiment, mesh: MeshConfig) -> list[str]:
     if mesh.context == 1:
         return []
     model, data = experiment.model, experiment.data
-    config = ContextConfig()  # the way of a run is not yet a field of its config
+    config = model.context
     layout = ContextLayout(config.layout, mesh.context)
     shape = CallShape(
         parts=mesh.context,

@@ -48,8 +48,8 @@ def attend_sharded(
     """Attention over the mesh in force (`jax.set_mesh`), equal to `attention.attend` on one device.
 
     Args and return value are those of `attention.attend`, with logical (whole) shapes; batch must divide by
-    data x fsdp, heads by tensor. As many queries as keys means that they are the same tokens, cut along the context
-    axis; fewer means decoding: queries are whole on every device and keys are cut.
+    data x fsdp x expert, heads by tensor. As many queries as keys means that they are the same tokens, cut along the
+    context axis; fewer means decoding: queries are whole on every device and keys are cut.
 
     Args:
       context: layout and ways; `strategy.ContextConfig`.
@@ -139,8 +139,7 @@ def _ring(
     layout,
 ):
     ring = Ring(parts, layout, AXIS, stride, gradients)
-    shapes = (jax.eval_shape(lambda x: jnp.swapaxes(x, 1, 2), x) for x in (q_BTNH, k_BSKH))
-    _, pieces = choose_pieces(*shapes, mask, ring.relations(), slopes=slopes, impl=impl)
+    _, pieces = choose_pieces(q_BTNH, k_BSKH, mask, ring.relations(), slopes=slopes, impl=impl)
     return ring_attention(
         q_BTNH, k_BSKH, v_BSKH, info, mask, scale=scale, slopes=slopes, pieces=pieces, ring=ring
     )  # fmt: skip

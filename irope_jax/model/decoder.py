@@ -15,6 +15,7 @@ from irope_jax.model.config import LayerSpec, ModelConfig
 from irope_jax.model.feed_forward import FeedForward
 from irope_jax.model.layers import RMSNorm
 from irope_jax.model.self_attention import SelfAttention
+from irope_jax.sharding.lookup import look_up
 from irope_jax.sharding.rules import constrain
 
 REMAT_POLICIES = {
@@ -94,8 +95,8 @@ class Decoder(nn.Module):
 
     def __call__(self, tokens_BT: jax.Array, info: TokenInfo) -> jax.Array:
         """Hidden states `[B, T, D]` after the final norm, in the compute type."""
-        x_BTD = jnp.take(self.embedding, tokens_BT, axis=0).astype(jnp.dtype(self.config.precision.compute))
-        x_BTD, _ = self.periods(constrain(x_BTD, "batch", "length", "features"), info)
+        x_BTD = look_up(self.embedding, tokens_BT, jnp.dtype(self.config.precision.compute))
+        x_BTD, _ = self.periods(x_BTD, info)
         return self.final_norm(x_BTD)
 
     def head_matrix(self) -> jax.Array:
@@ -105,13 +106,12 @@ class Decoder(nn.Module):
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Any:
-    """Fresh parameters, boxed with their logical axes (`sharding.tree_shardings` reads them).
-
-    Call it with no mesh in force: it runs the model on one token, which no mesh divides.
-    """
+    """Fresh parameters, boxed with their logical axes (`sharding.tree_shardings` reads them)."""
     # Shapes do not depend on how attention is computed; the plain definition on one token is the least to compile.
     config = dataclasses.replace(config, attention="reference", remat="none")
-    return Decoder(config).init(key, jnp.zeros((1, 1), jnp.int32), TokenInfo.single(1, 1))["params"]
+    # It runs on one token, which no mesh divides; so none is in force.
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+        return Decoder(config).init(key, jnp.zeros((1, 1), jnp.int32), TokenInfo.single(1, 1))["params"]
 
 
 def restack(params: Any, source: ModelConfig, target: ModelConfig) -> Any:

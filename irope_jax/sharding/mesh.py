@@ -26,7 +26,7 @@ class MeshConfig:
       data: copies of the model, each with its part of the batch.
       fsdp: parts of the batch that also share out parameters and optimizer state.
       context: parts of the sequence.
-      expert: parts of the experts of a mixture.
+      expert: parts of the batch that also share out the experts of a mixture.
       tensor: parts of heads, feed-forward width and vocabulary.
     """
 
@@ -80,7 +80,7 @@ class MeshConfig:
     @property
     def batch_parts(self) -> int:
         """Into how many parts the batch is cut."""
-        return self.data * self.fsdp
+        return self.data * self.fsdp * self.expert
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:

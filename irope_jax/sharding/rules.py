@@ -6,6 +6,7 @@ here knows which module uses which name.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,8 +19,8 @@ from irope_jax.core.config import ConfigError
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     # activations
-    "batch": ("data", "fsdp"),
-    "group_batch": "data",  # whole within an fsdp group, beside columns that are cut there
+    "batch": ("data", "fsdp", "expert"),
+    "group_batch": ("data", "expert"),  # whole within an fsdp group, beside columns that are cut there
     "length": "context",
     # parameters; the widths inside a layer are also activations' last axes
     "embed": "fsdp",
@@ -76,7 +77,7 @@ def token_parts() -> tuple[int, int]:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return 1, 1
-    return mesh.shape["data"] * mesh.shape["fsdp"], mesh.shape["context"]
+    return math.prod(mesh.shape[axis] for axis in RULES["batch"]), mesh.shape["context"]
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

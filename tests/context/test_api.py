@@ -1,4 +1,6 @@
-"""Attention over a mesh gives what one device gives: outputs and gradients, whatever is packed."""
+"""Attention over a mesh gives what one device gives: outputs and gradients, in every layout and packing."""
+
+import logging
 
 import jax
 import jax.numpy as jnp
@@ -8,28 +10,31 @@ import pytest
 from irope_jax.attention.api import attend
 from irope_jax.attention.mask import Chunked, Global, Sliding
 from irope_jax.context.api import attend_sharded
+from irope_jax.context.layout import ContextLayout
+from irope_jax.context.strategy import ContextConfig
+from irope_jax.core.config import ConfigError
 from irope_jax.core.numerics import assert_close
 from irope_jax.core.types import TokenInfo
 from irope_jax.sharding.mesh import MeshConfig, make_mesh
 
-B, T, N, K, H = 8, 32, 4, 2, 8
+B, T, N, K, H = 2, 64, 4, 2, 8
 MESHES = {
-    "data 8": MeshConfig(data=8),
+    "context 8": MeshConfig(data=1, context=8),
     "data 2 context 4": MeshConfig(data=2, context=4),
     "fsdp 2 context 2 tensor 2": MeshConfig(data=1, fsdp=2, context=2, tensor=2),
 }
 MASKS = {
     "global": Global(),
-    "chunked by document": Chunked(8),
-    "chunked by row": Chunked(8, by="row", shift=3),
-    "sliding": Sliding(5),
+    "chunked by document": Chunked(16),
+    "chunked by row": Chunked(12, by="row", shift=3),
+    "sliding": Sliding(11),
 }
 SLOPES = np.array([0.5, 0.25, 0.125, 0.0625], np.float32)
 
 
 def packed_and_padded() -> TokenInfo:
-    """Each row another cut: documents that cross every border between devices, one row whole, one mostly padding."""
-    cuts = [[T], [5, 27], [8, 8, 16], [13, 6, 9], [3, 3], [1, 30, 1], [20, 4], [16, 16]]
+    """Documents that cross every border between devices; one row ends in padding."""
+    cuts = [[13, 6, 29, 11], [1, 30, 33]]
     positions, segments = np.zeros((B, T), np.int32), np.zeros((B, T), np.int32)
     for row, lengths in enumerate(cuts):
         begin = 0
@@ -41,8 +46,7 @@ def packed_and_padded() -> TokenInfo:
     return TokenInfo(positions, segments, rows, first_row=0)
 
 
-def one_document() -> TokenInfo:
-    return TokenInfo.single(B, T)
+DOCUMENTS = {"one document": lambda: TokenInfo.single(B, T), "packed and padded": packed_and_padded}
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +56,12 @@ def arrays():
     return draw(N), draw(K), draw(K), draw(N)
 
 
-def with_gradients(attention, mask, slopes):
+def with_gradients(attention):
     """`(q, k, v, cotangent, info) -> (out, (dq, dk, dv))`; where nothing is seen the output counts for nothing."""
 
     def run(q_BTNH, k_BSKH, v_BSKH, cotangent_BTNH, info):
         real = (info.segments > 0)[..., None, None]
-        call = lambda q, k, v: jnp.where(real, attention(q, k, v, info, info, mask, slopes=slopes), 0.0)
+        call = lambda q, k, v: jnp.where(real, attention(q, k, v, info, info), 0.0)
         out_BTNH, back = jax.vjp(call, q_BTNH, k_BSKH, v_BSKH)
         return out_BTNH, back(cotangent_BTNH)
 
@@ -67,30 +71,63 @@ def with_gradients(attention, mask, slopes):
 SINGLE = {}
 
 
-def on_one_device(arrays, mask, layout, slopes):
-    key = (mask, layout, slopes is not None)
-    if key not in SINGLE:
-        SINGLE[key] = with_gradients(attend, MASKS[mask], slopes)(*arrays, LAYOUTS[layout]())
-    return SINGLE[key]
+def on_one_device(arrays, mask, documents):
+    """One device, the reference implementation, and the slopes of ALiBi."""
+    if (mask, documents) not in SINGLE:
+        attention = lambda *a: attend(*a, MASKS[mask], slopes=SLOPES, impl="reference")
+        SINGLE[mask, documents] = with_gradients(attention)(*arrays, DOCUMENTS[documents]())
+    return SINGLE[mask, documents]
 
 
-LAYOUTS = {"one document": one_document, "packed and padded": packed_and_padded}
-
-
-EACH = ("global", "chunked by document", "sliding")
-CASES = [(mesh, mask, "packed and padded", SLOPES) for mesh in MESHES for mask in EACH]
-CASES += [("data 2 context 4", mask, "one document", None) for mask in ("global", "chunked by document")]
-CASES += [("data 2 context 4", "chunked by row", "packed and padded", SLOPES)]
-
-
-@pytest.mark.parametrize(("mesh", "mask", "layout", "slopes"), CASES, ids=lambda x: x if isinstance(x, str) else "")
-def test_equals_one_device(arrays, mesh, mask, layout, slopes):
-    wanted, wanted_grads = on_one_device(arrays, mask, layout, slopes)
+def on_a_mesh(arrays, mesh, mask, documents, context):
+    """The same in the layout of `context`, back in row order."""
+    layout = ContextLayout(context.layout, MESHES[mesh].context)
+    attention = lambda *a: attend_sharded(*a, MASKS[mask], slopes=SLOPES, context=context)
     with jax.set_mesh(make_mesh(MESHES[mesh])):
-        found, found_grads = with_gradients(attend_sharded, MASKS[mask], slopes)(*arrays, LAYOUTS[layout]())
-        assert len(found.sharding.device_set) == 8
-    assert_close(jax.device_get(found), jax.device_get(wanted), rtol=0, atol=2e-6, what="output")
-    assert_close(jax.device_get(found_grads), jax.device_get(wanted_grads), rtol=0, atol=2e-5, what="gradients")
+        found = with_gradients(attention)(*layout.place(arrays), layout.place(DOCUMENTS[documents]()))
+        assert len(found[0].sharding.device_set) == 8
+    return layout.unplace(jax.device_get(found))
+
+
+def check(found, wanted):
+    assert_close(found[0], jax.device_get(wanted[0]), rtol=0, atol=2e-6, what="output")
+    assert_close(found[1], jax.device_get(wanted[1]), rtol=0, atol=2e-5, what="gradients")
+
+
+@pytest.mark.parametrize("mesh", MESHES)
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag"])
+@pytest.mark.parametrize("documents", DOCUMENTS)
+@pytest.mark.parametrize("mask", MASKS)
+def test_equals_one_device(arrays, mesh, mask, documents, layout):
+    context = ContextConfig(layout=layout, far="ring")
+    check(on_a_mesh(arrays, mesh, mask, documents, context), on_one_device(arrays, mask, documents))
+
+
+WAYS = {
+    "auto": ContextConfig(),
+    "gather": ContextConfig(far="gather", near="gather"),
+    "all_to_all": ContextConfig(far="all_to_all", near="all_to_all"),
+    "ring, also for what is near": ContextConfig(near="ring", far="ring"),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("mask", ["global", "sliding"])
+def test_every_way_that_can_be_forced(arrays, way, mask):
+    found = on_a_mesh(arrays, "data 2 context 4", mask, "packed and padded", WAYS[way])
+    check(found, on_one_device(arrays, mask, "packed and padded"))
+
+
+def test_tokens_in_an_order_nobody_promised(arrays):
+    """Any permutation of the places; no row order, no zigzag."""
+    order = np.random.default_rng(1).permutation(T)
+    info = jax.tree.map(lambda x: x[:, order], packed_and_padded()).replace(first_row=None)
+    attention = lambda *a: attend_sharded(*a, Global(), slopes=SLOPES)
+    with jax.set_mesh(make_mesh(MESHES["context 8"])):
+        found = jax.device_get(with_gradients(attention)(*(x[:, order] for x in arrays), info))
+    back = np.argsort(order)
+    found = jax.tree.map(lambda x: x[:, back], found)
+    check(found, on_one_device(arrays, "global", "packed and padded"))
 
 
 @pytest.mark.parametrize("mask", [Global(), Sliding(300), Chunked(256)], ids=["global", "sliding", "chunked"])
@@ -101,9 +138,34 @@ def test_pieces_long_enough_for_blocks_to_be_skipped(mask):
     q, k, v = (jnp.asarray(rng.normal(size=(2, length, 1, H)).astype(np.float32)) for _ in range(3))
     info = TokenInfo.single(2, length)
     wanted = jax.jit(lambda q, k, v: attend(q, k, v, info, info, mask))(q, k, v)
+    layout = ContextLayout("zigzag", 4)
+    placed = layout.place(info)
     with jax.set_mesh(make_mesh(MESHES["data 2 context 4"])):
-        found = jax.jit(lambda q, k, v: attend_sharded(q, k, v, info, info, mask))(q, k, v)
+        found = jax.jit(lambda q, k, v: attend_sharded(q, k, v, placed, placed, mask))(*layout.place((q, k, v)))
+    assert_close(jax.device_get(layout.unplace(found)), jax.device_get(wanted), rtol=0, atol=2e-6, what="output")
+
+
+@pytest.mark.parametrize("mask", [Global(), Chunked(64)], ids=["cut cache", "a chunk whole on every device"])
+def test_decoding_one_token(arrays, mask):
+    q, k, v, _ = arrays
+    info = packed_and_padded()
+    last = info.take(np.array([40])).replace(first_row=None)
+    wanted = jax.jit(lambda: attend(q[:, :1], k, v, last, info, mask))()
+    with jax.set_mesh(make_mesh(MESHES["data 2 context 4"])):
+        found = jax.jit(lambda: attend_sharded(q[:, :1], k, v, last, info, mask))()
     assert_close(jax.device_get(found), jax.device_get(wanted), rtol=0, atol=2e-6, what="output")
+
+
+def test_a_wrong_piece_is_noticed(arrays):
+    """The comparison can fail: a device that believes zigzag tokens to be contiguous sees other keys."""
+    layout = ContextLayout("zigzag", 8)
+    info = layout.place(TokenInfo.single(B, T))
+    lie = info.replace(zigzag=None, first_row=0)
+    with jax.set_mesh(make_mesh(MESHES["context 8"])):
+        run = with_gradients(lambda *a: attend_sharded(*a, Global(), slopes=SLOPES, context=ContextConfig(far="ring")))
+        found = layout.unplace(jax.device_get(run(*layout.place(arrays), lie)))
+    with pytest.raises(AssertionError):
+        check(found, on_one_device(arrays, "global", "one document"))
 
 
 def test_without_a_mesh_and_on_one_device_it_is_attend_itself(arrays):
@@ -115,8 +177,38 @@ def test_without_a_mesh_and_on_one_device_it_is_attend_itself(arrays):
         np.testing.assert_array_equal(jax.jit(lambda: attend_sharded(q, k, v, info, info, Chunked(8)))(), wanted)
 
 
+def trace(arrays, mask, context, mesh="context 8", length=T):
+    q, k, v = (x[:, :length] for x in arrays[:3])
+    info = TokenInfo.single(B, length)
+    with jax.set_mesh(make_mesh(MESHES[mesh])):
+        jax.eval_shape(lambda: attend_sharded(q, k, v, info, info, mask, context=context))
+
+
+def test_what_cannot_be_done_names_the_field_and_the_fix(arrays):
+    with pytest.raises(ConfigError, match=r"length=60.*context=8.*multiple of 8"):
+        trace(arrays, Global(), ContextConfig(), length=60)
+    with pytest.raises(ConfigError, match=r"context.near.*local.*looks across"):
+        trace(arrays, Sliding(11), ContextConfig(near="local"))
+    with pytest.raises(ConfigError, match=r"context.far.*all_to_all.*auto or ring"):
+        trace(tuple(x[:, :, :1] for x in arrays), Global(), ContextConfig(far="all_to_all"))
+
+
+def test_falling_back_is_said_once_with_its_cost(arrays, caplog):
+    package = logging.getLogger("irope_jax")
+    package.propagate, kept = True, package.propagate
+    try:
+        with caplog.at_level(logging.INFO, "irope_jax.context.api"):
+            for _ in range(3):
+                trace(arrays, Chunked(24), ContextConfig())
+    finally:
+        package.propagate = kept
+    (said,) = [r for r in caplog.records if "chunked 24" in r.getMessage()]
+    assert said.levelno == logging.WARNING
+    assert "halo of 16 tokens" in said.getMessage() and "does not divide the run of 8 rows" in said.getMessage()
+
+
 def test_a_batch_that_the_mesh_does_not_divide_is_refused(arrays):
-    q, k, v, _ = (x[:3] for x in arrays)
-    info = TokenInfo.single(3, T)
-    with jax.set_mesh(make_mesh(MESHES["data 8"])), pytest.raises(ValueError, match="evenly"):
+    q, k, v = (x[:1] for x in arrays[:3])
+    info = TokenInfo.single(1, T)
+    with jax.set_mesh(make_mesh(MESHES["data 2 context 4"])), pytest.raises(ValueError, match="evenly"):
         jax.jit(lambda: attend_sharded(q, k, v, info, info, Global()))()

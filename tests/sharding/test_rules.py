@@ -14,7 +14,7 @@ def boxed(shape, *names):
 
 
 def test_names_become_mesh_axes():
-    assert spec(("batch", "length", "heads", None)) == P(("data", "fsdp"), "context", "tensor", None)
+    assert spec(("batch", "length", "heads", None)) == P(("data", "fsdp", "expert"), "context", "tensor", None)
     assert spec(("layers", "embed", "mlp")) == P(None, "fsdp", "tensor")
 
 
