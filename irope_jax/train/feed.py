@@ -23,7 +23,7 @@ log = logging.getLogger(__name__)
 
 def context_layout(model: ModelConfig, mesh: MeshConfig) -> ContextLayout:
     """How the model wants the tokens of a row to lie on the devices along the context axis of a mesh."""
-    return ContextLayout("contiguous", mesh.fill(jax.device_count()).context)
+    return ContextLayout(model.context.layout, mesh.fill(jax.device_count()).context)
 
 
 class Feed(Iterator[Batch]):
