@@ -37,7 +37,7 @@ MISTAKES = {
     "misspelt field": (["--config.model.num_layerz=3"], "config.model.num_layerz=3", "did you mean 'num_layers'?"),
     "misspelt part": (["--config.modle.num_layers=3"], "config.modle", "did you mean 'model'?"),
     "wrong type": (["--config.model.d_model=wide"], "config.model.d_model=wide", "expected int"),
-    "number for a word": (["--config.model.remat=3"], "config.model.remat=3", "one of: none, full, dots"),
+    "number for a word": (["--config.model.remat=3"], "config.model.remat=3", "one of: none, full, attention, dots"),
     "unknown kind": (["--config.train.optimizer.schedule.kind=cosin"], "schedule.kind=cosin:", "mean 'cosine'?"),
     "unknown mask": (["--config.model.pattern.0.mask.kind=slide"], "pattern.0.mask.kind=slide:", "sliding"),
     "heads": (["--config.model.num_kv_heads=3"], "config.model.num_kv_heads=3", "must divide num_heads=4"),

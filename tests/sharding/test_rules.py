@@ -57,7 +57,7 @@ def test_the_size_that_is_named_would_do(name, size, devices, field, usable):
     check_divides(name, size, devices | {field.removeprefix("mesh."): usable}, "something")
 
 
-@pytest.mark.parametrize(("name", "size"), [("heads", 16), ("batch", 32), ("features", 7), (None, 7), ("layers", 5)])
+@pytest.mark.parametrize(("name", "size"), [("heads", 16), ("batch", 64), ("features", 7), (None, 7), ("layers", 5)])
 def test_what_divides_or_is_never_cut_passes(name, size):
     check_divides(name, size, dict(data=4, fsdp=8, context=2, expert=2, tensor=16), "something")
 
