@@ -5,7 +5,7 @@
     irope train --config=configs/long_context.py                                # on 64 chips
 
 The chunk-local layers send nothing: a device holds two runs of 8,192 tokens, each one chunk. The global layer turns one
-ring. `--config.model.context.far=auto` would send a fifth of its bytes by exchanging heads among groups of 8 chips first.
+ring; with `--config.model.context.far=auto` groups of 8 chips exchange heads first, for a fifth of the bytes.
 Feed-forward layers are dense here.
 """
 
@@ -16,9 +16,8 @@ CHUNK = 8192
 
 def get_config() -> ConfigDict:
     ffn = dict(kind="swiglu", hidden_dim=8192, chunk=4096)
-    local = dict(
-        position=dict(kind="rope", theta=500_000.0), mask=dict(kind="chunked", size=CHUNK), ffn=ffn, qk_norm="rms"
-    )
+    rope = dict(kind="rope", theta=500_000.0)
+    local = dict(position=rope, mask=dict(kind="chunked", size=CHUNK), ffn=ffn, qk_norm="rms")
     far = dict(position=dict(kind="nope"), mask=dict(kind="global"), temperature=dict(kind="log_floor"), ffn=ffn)
     config = ConfigDict()
     config.name = "long_context"

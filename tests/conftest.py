@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Eight simulated devices on a few busy cores may keep one another waiting for longer than the 40 s after which XLA aborts.
+# Eight simulated devices on a few busy cores may keep one another waiting for longer than XLA's 40 s, and it aborts.
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + (
     " --xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=600"
 )

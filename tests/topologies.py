@@ -21,7 +21,7 @@ __all__ = ["described", "gpu_mesh", "targeting", "tpu_mesh"]
 
 
 def tpu_mesh(topology: str, **sizes: int) -> Mesh:
-    """A mesh over the first chips of a TPU such as `v5e:2x2`; axes of `sharding.AXES` that are not named have size 1."""
+    """A mesh over the first chips of a TPU such as `v5e:2x2`; axes that are not named have size 1."""
     return _mesh(topology, sizes)
 
 

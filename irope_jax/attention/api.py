@@ -136,8 +136,8 @@ def attend(
 
 
 def choose_pieces(
-    q_BNTH: Array,
-    k_BKSH: Array,
+    q_BTNH: Array,
+    k_BSKH: Array,
     mask: MaskSpec,
     relations: Iterable[Relation],
     *,
@@ -147,17 +147,18 @@ def choose_pieces(
     """Name and functions of the implementation that is to fold panels (`attention.panels`) of such relations.
 
     Args:
-      q_BNTH, k_BKSH: shapes and types of what is folded at a time (arrays or `ShapeDtypeStruct`s), per device.
+      q_BTNH, k_BSKH: shapes and types of what is folded at a time (arrays or `ShapeDtypeStruct`s), per device; in this
+        order whatever order the kernel wants.
       relations: of all panels that will be folded with what is returned.
       impl: name of a row of `IMPLEMENTATIONS`; `None` chooses the first that is meant for the case.
 
     Raises:
       ConfigError: an implementation that does not exist, folds no pieces, or cannot do these.
     """
-    (b, n, t, h), (_, kv, s, _) = q_BNTH.shape, k_BKSH.shape
+    (b, t, n, h), (_, s, kv, _) = q_BTNH.shape, k_BSKH.shape
     platform, shared = _surroundings()
     case = Case(
-        b, t, s, n, kv, h, str(q_BNTH.dtype), mask, slopes is not None, platform=platform, shared=shared,
+        b, t, s, n, kv, h, str(q_BTNH.dtype), mask, slopes is not None, platform=platform, shared=shared,
         relations=tuple(sorted(set(relations))),
     )  # fmt: skip
     name = _choose(case, impl)

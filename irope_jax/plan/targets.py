@@ -4,8 +4,8 @@
     with targeting(mesh):                     # tells the code which platform it is traced for
         compiled = lowered(...).compile()     # the chip's own compiler; nothing is executed
 
-A TPU topology needs `libtpu` (extras `dev` and `tpu`), an NVIDIA one jax's CUDA plugin (extra `cuda`). What is compiled for
-them, and what it says, is not known here.
+A TPU topology needs `libtpu` (extras `dev` and `tpu`), an NVIDIA one jax's CUDA plugin (extra `cuda`). What is compiled
+for them, and what it says, is not known here.
 """
 
 from __future__ import annotations
@@ -58,8 +58,8 @@ def target_devices(target: str) -> list[jax.Device]:
     """Devices of a described target, which can be compiled for and never run on.
 
     Args:
-      target: a TPU topology such as `v5e:2x2`, `v5p:4x4x4`, `v6e:8x8`, or a GPU's name and how many of one host, such as
-        `h100:8`.
+      target: a TPU topology such as `v5e:2x2`, `v5p:4x4x4`, `v6e:8x8`, or a GPU's name and how many of one host, such
+        as `h100:8`.
 
     Raises:
       TargetError: an unknown target, or its compiler is not installed.

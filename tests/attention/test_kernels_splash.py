@@ -268,7 +268,7 @@ def test_pieces_compile_for_a_tpu():
         start = starts[0]
         info = TokenInfo(segments, segments, segments)
         panels = (Panel(0, 512, 0, 512, "same"), Panel(start, 256, 0, 512, "past"))
-        _, pieces = choose_pieces(*map(heads_first, (q, k)), Global(), {panel.relation for panel in panels})
+        _, pieces = choose_pieces(q, k, Global(), {panel.relation for panel in panels})
         where = (info, info, Global(), panels)
         acc = pieces.fold(Partial.empty(1, 512, 4, 128), q, k, v, *where, scale=0.1, slopes=None)
         delta = jnp.einsum("btnh,bnth->btn", finish(acc), dout.astype(jnp.float32))
