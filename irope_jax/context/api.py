@@ -19,8 +19,9 @@ from irope_jax.attention.mask import MaskSpec
 from irope_jax.context.all_to_all import attend_all_to_all, group_layout
 from irope_jax.context.gather import gather_attention
 from irope_jax.context.halo import attend_halo
+from irope_jax.context.hops import Ring
 from irope_jax.context.layout import layout_of
-from irope_jax.context.ring import Ring, ring_attention
+from irope_jax.context.ring import ring_attention
 from irope_jax.context.split_keys import attend_split_keys
 from irope_jax.context.strategy import CallShape, ContextConfig, Decision, Promises, decide
 from irope_jax.core.types import Array, TokenInfo
@@ -113,8 +114,8 @@ def _local(q_BTNH, k_BSKH, v_BSKH, q_info, k_info, slopes, *, mask, scale, impl,
     if decision.kind == "gather":
         return gather_attention(*arrays, info, info, mask, impl=impl, **options)
     ring = partial(_ring, impl=impl, gradients=gradients, parts=parts // decision.group, stride=decision.group)
-    if decision.kind == "ring":
-        return ring(*arrays, info, info, mask, layout=layout, **options)
+    if decision.kind in ("ring", "direct"):
+        return ring(*arrays, info, info, mask, layout=layout, direct=decision.kind == "direct", **options)
     together = group_layout(layout, decision.group)
     inner = partial(attend, impl=impl) if together.parts == 1 else partial(ring, layout=together)
     return attend_all_to_all(
@@ -137,8 +138,9 @@ def _ring(
     parts,
     stride,
     layout,
+    direct=False,
 ):
-    ring = Ring(parts, layout, AXIS, stride, gradients)
+    ring = Ring(parts, layout, AXIS, stride, gradients, direct)
     _, pieces = choose_pieces(q_BTNH, k_BSKH, mask, ring.relations(), slopes=slopes, impl=impl)
     return ring_attention(
         q_BTNH, k_BSKH, v_BSKH, info, mask, scale=scale, slopes=slopes, pieces=pieces, ring=ring

@@ -10,6 +10,7 @@ logging, the planner and tables read them from `Decision`. Nothing here touches 
     local            0                                              0
     halo of L        L kappa per run                                L kappa per run
     ring             (P-1) s kappa                                  (P-1) s (kappa + kappa')
+    direct           3/4 of a ring in zigzag, 1/2 in contiguous     the same share
     all_to_all u     (2N + 2K) H e s (u-1)/u + (P/u - 1) s kappa    the same, with kappa + kappa'
     gather           (P-1) s kappa                                  (P-1) s kappa
     split_keys       2 (P-1)/P N (H+2) 4 per query                  -
@@ -18,7 +19,8 @@ logging, the planner and tables read them from `Decision`. Nothing here touches 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from typing import Literal, get_args
 
 from irope_jax.attention.mask import Chunked, MaskSpec
@@ -26,9 +28,9 @@ from irope_jax.context.layout import ContextLayout
 from irope_jax.core.config import ConfigError
 from irope_jax.core.types import TokenInfo
 
-Kind = Literal["local", "halo", "ring", "all_to_all", "gather", "split_keys"]
+Kind = Literal["local", "halo", "ring", "direct", "all_to_all", "gather", "split_keys"]
 Order = Literal["zigzag", "contiguous"]
-Far = Literal["auto", "ring", "all_to_all", "gather"]
+Far = Literal["auto", "ring", "direct", "all_to_all", "gather"]
 Near = Literal["auto", "local", "halo", "ring", "all_to_all", "gather"]
 Gradients = Literal["float32", "keys"]
 
@@ -41,7 +43,8 @@ class ContextConfig:
 
     Attributes:
       layout: order of tokens on devices; `zigzag` gives layers that see everything equal work on every device.
-      far: way of the layers that see their whole document; `auto` sends the fewest bytes.
+      far: way of the layers that see their whole document; `auto` sends the fewest bytes of the ways that every network
+        likes: `direct`, a ring that sends only what is needed, has to be asked for.
       near: way of the layers with a reach (chunks, windows); `auto` sends the fewest bytes, nothing where it can.
       gradients: number format in which a ring sends gradients of keys and values home; `keys` is that of the keys: half
         the bytes of bfloat16, and one rounding per hop. Every other way sends them in the format of the keys.
@@ -154,6 +157,7 @@ class Decision:
             "local": "local",
             "halo": f"halo of {self.halo} tokens",
             "ring": f"ring over {parts} devices",
+            "direct": f"keys straight to those of {parts} devices that see them",
             "all_to_all": f"all-to-all over {self.group} devices",
             "gather": "all-gather of keys",
             "split_keys": "keys stay, partial results merge",
@@ -331,6 +335,13 @@ class _Ways:
             backward_bytes=sent * (self.shape.kappa + self.home), coordinate_bytes=sent * self.coordinates,
         )  # fmt: skip
 
+    def direct(self, why: str, fell_back: str | None = None) -> Decision:
+        """Of the pairs of devices half need a whole piece; the others need its low half in zigzag, else nothing."""
+        whole = self.ring(why, fell_back)
+        share = Fraction(1) if self.layout is None else Fraction(3 if self.layout.runs_per_piece == 2 else 2, 4)
+        needed = {f: int(share * getattr(whole, f)) for f in ("forward_bytes", "backward_bytes", "coordinate_bytes")}
+        return replace(whole, kind="direct", **needed)
+
     def gather(self, why: str, fell_back: str | None = None) -> Decision:
         sent, cargo = self.around * self.shape.kappa, self.around * self.coordinates
         return self.make("gather", why, fell_back, forward_bytes=sent, backward_bytes=sent, coordinate_bytes=cargo)
@@ -364,7 +375,7 @@ class _Ways:
     def forced(self, field: str, wish: str) -> Decision:
         why = f"context.{field} asks for it"
         if wish != "all_to_all":
-            return {"ring": self.ring, "gather": self.gather}[wish](why)
+            return {"ring": self.ring, "direct": self.direct, "gather": self.gather}[wish](why)
         if self.layout is None:
             raise ConfigError(f"context.{field}", wish, NO_ORDER)
         options = self.all_to_all(why)

@@ -15,6 +15,7 @@ from irope_jax.context.strategy import ContextConfig
 from irope_jax.core.config import ConfigError
 from irope_jax.core.numerics import assert_close
 from irope_jax.core.types import TokenInfo
+from irope_jax.plan.hlo import analyse
 from irope_jax.sharding.mesh import MeshConfig, make_mesh
 
 B, T, N, K, H = 2, 64, 4, 2, 8
@@ -108,6 +109,8 @@ WAYS = {
     "gather": ContextConfig(far="gather", near="gather"),
     "all_to_all": ContextConfig(far="all_to_all", near="all_to_all"),
     "ring, also for what is near": ContextConfig(near="ring", far="ring"),
+    "direct": ContextConfig(near="ring", far="direct"),
+    "direct, contiguous": ContextConfig(layout="contiguous", near="halo", far="direct"),
 }
 
 
@@ -116,6 +119,22 @@ WAYS = {
 def test_every_way_that_can_be_forced(arrays, way, mask):
     found = on_a_mesh(arrays, "data 2 context 4", mask, "packed and padded", WAYS[way])
     check(found, on_one_device(arrays, mask, "packed and padded"))
+
+
+@pytest.mark.parametrize(("layout", "share"), [("zigzag", 0.75), ("contiguous", 0.5)])
+def test_direct_sends_only_what_is_needed(layout, share):
+    """Bytes of a ring times the share of keys that some query of the receiver sees."""
+    x = jax.ShapeDtypeStruct((1, 128, K, H), jnp.float32)
+    info = ContextLayout(layout, 8).place(TokenInfo.single(1, 128))
+    context = ContextConfig(layout=layout, far="direct")
+    attention = lambda q, k, v: attend_sharded(q, k, v, info, info, Global(), context=context)
+    ring = 7 * 16 * 2 * K * H * 4
+    with jax.set_mesh(make_mesh(MESHES["context 8"])):
+        forward = jax.jit(attention).lower(x, x, x).compile().as_text()
+        both = jax.jit(lambda *a: jax.vjp(attention, *a[:3])[1](a[3])).lower(x, x, x, x).compile().as_text()
+    assert analyse(forward).total_bytes == share * ring
+    # within one program the keys that came for the sums serve for the gradients too
+    assert analyse(both).total_bytes == share * 2 * ring
 
 
 def test_tokens_in_an_order_nobody_promised(arrays):
