@@ -6,10 +6,10 @@
 Inputs are bfloat16 numbers. `bfloat16` gives them as they are, so that the output is rounded to bfloat16 once, at the
 end; `float32` gives the same numbers in float32, and shows what that last rounding hides: the sums themselves. The
 table holds the greatest |out - float64| and the root mean square of the errors of the output and of the gradients of
-queries, keys and values (greatest errors of long sums depend on their order by chance). Ring 1 is one device, where nothing is
-merged. Every number depends on the seed only. Exit code 1: some ring errs more than 1.2 times as much as ring 1.
-Gradients of keys are collected on their way in float32; `--gradients keys` collects them in their own format, with one
-rounding per hop.
+queries, keys and values (greatest errors of long sums depend on their order by chance). Ring 1 is one device, where
+nothing is merged. Every number depends on the seed only. Exit code 1: some ring errs more than 1.2 times as much as
+ring 1. Gradients of keys are collected on their way in float32; `--gradients keys` collects them in their own format,
+with one rounding per hop.
 """
 
 from __future__ import annotations
