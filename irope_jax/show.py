@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding
 from irope_jax.context.layout import ContextLayout
 from irope_jax.context.strategy import CallShape, Promises, decide, megabytes
 from irope_jax.core.config import ConfigError, fingerprint, to_dict
+from irope_jax.core.hosts import avoid_absent_tpu
 from irope_jax.experiment import Experiment, check_devices, load_config, resolve
 from irope_jax.model.config import draw_layers
 from irope_jax.model.cost import parameter_counts, train_flops_per_token
@@ -25,6 +26,7 @@ from irope_jax.train.state import state_shardings
 def show_verb(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     if args.devices is not None and args.devices < 1:
         raise ConfigError("--devices", args.devices, "the number of devices to lay the run out on; use 1 or more")
+    avoid_absent_tpu()
     experiment = resolve(load_config(args.config), overrides)
     print(f"experiment {experiment.name}  fingerprint {fingerprint(experiment)}")
     for path, value in _leaves(to_dict(experiment), "config"):

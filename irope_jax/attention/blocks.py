@@ -129,7 +129,7 @@ def fold_length(mask: MaskSpec, q_info: TokenInfo, k_info: TokenInfo) -> int | N
         return None
     promised = all(mask.borders_known(info.document_multiple) for info in (q_info, k_info))
     starts = (q_info.first_row + mask.shift) % mask.size == 0 and q_info.first_row == k_info.first_row
-    whole = q_info.shape[1] % mask.size == 0 and q_info.shape[1] > mask.size
+    whole = q_info.shape[1] % mask.size == 0 and q_info.shape[1] >= mask.size
     return mask.size if promised and starts and whole else None
 
 

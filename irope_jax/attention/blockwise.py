@@ -60,6 +60,7 @@ def _attend(q, k, v, q_info, k_info, slopes, mask, scale, plan):
 
 
 def _attend_forward(q, k, v, q_info, k_info, slopes, mask, scale, plan):
+    q_info, k_info = q_info.tied_to(q), k_info.tied_to(q)
     partial = partial_blockwise(q, k, v, q_info, k_info, mask, scale=scale, slopes=slopes, plan=plan)
     out = checkpoint_name(finish(partial, q.dtype), "attention_out")
     lse = checkpoint_name(partial.log_sum_exp, "attention_lse")

@@ -112,7 +112,7 @@ def _local(q_BTNH, k_BSKH, v_BSKH, q_info, k_info, slopes, *, mask, scale, impl,
         halo = {"layout": layout, "halo": decision.halo}
         return attend_halo(*arrays, info, info, mask, impl=impl, **halo, **options)
     if decision.kind == "gather":
-        return gather_attention(*arrays, info, info, mask, impl=impl, **options)
+        return gather_attention(*arrays, info, info, mask, impl=impl, layout=layout, parts=parts, **options)
     ring = partial(_ring, impl=impl, gradients=gradients, parts=parts // decision.group, stride=decision.group)
     if decision.kind in ("ring", "direct"):
         return ring(*arrays, info, info, mask, layout=layout, direct=decision.kind == "direct", **options)

@@ -59,6 +59,7 @@ def _attend(q, k, v, info, slopes, mask, scale, pieces, ring):
 
 
 def _attend_forward(q, k, v, info, slopes, mask, scale, pieces, ring):
+    info = info.tied_to(q)
     hops = Hops(q, k, v, info, slopes, mask, scale, pieces, ring)
     acc = (direct.forward if ring.direct else _forward)(hops)
     out = checkpoint_name(finish(acc, q.dtype), "attention_out")

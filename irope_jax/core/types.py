@@ -72,6 +72,15 @@ class TokenInfo:
         """The coordinates of a selection of places (any order). Promises about the order of places are dropped."""
         return self.map(lambda x: jnp.take(x, index, axis=axis)).replace(first_row=None, zigzag=None)
 
+    def tied_to(self, x: Array) -> TokenInfo:
+        """The same coordinates, to be had only together with `x`.
+
+        In a loop over layers coordinates are constants, and when jax differentiates the loop it takes what depends on
+        constants alone out of it: of attention, the masks of all tiles, stored all at the same time. Tied to
+        something that changes from layer to layer they stay where they are used.
+        """
+        return jax.lax.optimization_barrier((self, x.reshape(-1)[0]))[0]
+
     def map(self, function) -> TokenInfo:
         """The same promises with `function` applied to each of the three arrays."""
         return jax.tree.map(function, self)
