@@ -73,15 +73,15 @@ MESH_MISTAKES = {
     "length": (
         ["--config.data.seq_len=63", "--config.mesh.context=2"],
         "config.data.seq_len=63",
-        "mesh.context = 2",
-        "try 62 or 64",
+        "mesh.context in zigzag order = 4",
+        "try 60 or 64",
     ),
     "evaluated length": (
         ["--config.evals.0.lengths=(64,101)", "--config.mesh.context=2"],
         "config.evals.0.lengths=101",
         "mesh.context = 2",
     ),
-    "heads": (["--config.mesh.tensor=4"], "config.model.num_kv_heads=2", "mesh.tensor = 4", "try 4"),
+    "heads": (["--config.mesh.tensor=4"], "config.mesh.tensor=4", "attention/key", "use 2"),
 }
 
 

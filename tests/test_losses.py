@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 from irope_jax import losses
 from irope_jax.core.config import ConfigError
 from irope_jax.plan import hlo
+from irope_jax.plan.hlo.text import arrays_of
 
 B, T, D, V = 2, 13, 8, 31
 
@@ -117,7 +118,7 @@ def test_no_array_of_batch_length_vocabulary_and_the_fewest_products():
     for function, products in ((loss, 1), (jax.value_and_grad(loss, (0, 1)), 3)):
         program = jax.jit(function).lower(*args).compile().as_text()
         assert hlo.matmul_flops(program) == products * 2 * length * D * wide
-        sizes = [a.bytes / 4 for line in program.splitlines() if " = " in line for a in hlo._arrays(line)]
+        sizes = [a.bytes / 4 for line in program.splitlines() if " = " in line for a in arrays_of(line)]
         assert max(sizes) < length * wide / 4
 
 

@@ -93,7 +93,7 @@ def test_a_bigger_cluster_is_described_and_nothing_is_allocated(tmp_path, monkey
 
 def test_devices_that_the_batch_does_not_divide_over_are_an_error_when_asked_for(tmp_path):
     code, _, err = shown(tmp_path, "--devices=64", "--config.mesh.fsdp=8")
-    assert code == 2 and "config.data.batch_size=8" in err and "data x fsdp = 64" in err
+    assert code == 2 and "config.data.batch_size=8" in err and "data x fsdp x expert = 64" in err
     code, _, err = shown(tmp_path, "--devices=0")
     assert code == 2 and err.startswith("irope: error: --devices=0:")
 

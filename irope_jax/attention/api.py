@@ -221,5 +221,6 @@ def _choose(case: Case, impl: str | None) -> str:
         raise ConfigError("impl", impl, f"cannot do this case: {reason}")
     else:
         name = impl
-    log.info("attention: %s (%s) for %s", name, "asked for" if impl else "chosen", case)
+    level = logging.DEBUG if impl else logging.INFO  # who asks for one knows
+    log.log(level, "attention: %s (%s) for %s", name, "asked for" if impl else "chosen", case)
     return name

@@ -6,7 +6,6 @@ Everything here runs inside `shard_map`; shapes are per device.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial as bind
 
 import jax
 import jax.numpy as jnp
@@ -119,8 +118,8 @@ class Hops:
     def contribute(self, dq, dout, lse, delta, t, cargo):
         """`dq` with what the keys of the device `t` before this one add, and the gradients of those keys and values."""
         k, v, k_info, panels, seen = self._arrived(t, cargo)
-        look = bind(self.pieces.contribute, panels=panels, **self.options)
-        look = bind(lambda look, dq: look(dq, self.q, k, v, dout, lse, delta, self.info, k_info), look)
+        given = (self.q, k, v, dout, lse, delta, self.info, k_info)
+        look = lambda dq: self.pieces.contribute(dq, *given, panels=panels, **self.options)
         blank = lambda dq: (dq, jnp.zeros(k.shape), jnp.zeros(v.shape))
         dq, *fresh = look(dq) if seen is True else lax.cond(seen, look, blank, dq)
         return dq, tuple(fresh)

@@ -73,9 +73,10 @@ def test_choice_is_logged_once_per_case(caplog):
     q, k, v, info = inputs()
     with caplog.at_level(logging.INFO, logger="irope_jax.attention.api"):
         for _ in range(3):
-            attend(q, k, v, info, info, Global(), impl="reference")
-        attend(q, k, v, info, info, Chunked(8), impl="reference")
-    assert [r.getMessage().split()[1] for r in caplog.records] == ["reference", "reference"]
+            attend(q, k, v, info, info, Global())
+        attend(q, k, v, info, info, Chunked(8))
+        attend(q, k, v, info, info, Chunked(8), impl="reference")  # who asks for one knows
+    assert [r.getMessage().split()[1] for r in caplog.records] == ["blockwise", "blockwise"]
 
 
 def test_inside_scan_with_remat():
