@@ -67,14 +67,15 @@ def attend_sharded(
     decision = _decide(q_BTNH, k_BSKH, q_info, k_info, mask, layout, context, parts, tensor)
     if parts > 1:
         _tell(decision)
-    decoding = decision.kind == "split_keys" or q_BTNH.shape[1] != k_BSKH.shape[1]
+    decoding = q_BTNH.shape[1] != k_BSKH.shape[1]
     places = None if decoding else "length"
-    key_places = None if decoding and decision.kind != "split_keys" else "length"
+    key_places = None if decoding and decision.kind == "local" else "length"
     q_spec = spec(("batch", places, "heads", None))
     kv_spec = spec(("batch", key_places, "kv_heads", None))
     local = partial(
-        _local, mask=mask, scale=scale, impl=impl, decision=decision, parts=parts, gradients=context.gradients
-    )
+        _local, mask=mask, scale=scale, impl=impl, decision=decision, parts=parts, gradients=context.gradients,
+        whole=parts == 1 or (decoding and decision.kind == "local"),
+    )  # fmt: skip
     return jax.shard_map(
         local,
         in_specs=(
@@ -100,11 +101,11 @@ def _tell(decision: Decision) -> None:
         log.info("context: %s (%s)", decision.describe(), decision.why)
 
 
-def _local(q_BTNH, k_BSKH, v_BSKH, q_info, k_info, slopes, *, mask, scale, impl, decision, parts, gradients):
-    """Shapes below are per device."""
+def _local(q_BTNH, k_BSKH, v_BSKH, q_info, k_info, slopes, *, mask, scale, impl, decision, parts, gradients, whole):
+    """Shapes below are per device; `whole`: it holds all queries and keys of its rows."""
     arrays, options = (q_BTNH, k_BSKH, v_BSKH), {"scale": scale, "slopes": slopes}
-    if parts == 1 or (decision.kind == "local" and decision.layout is None) or k_info.shape != q_info.shape:
-        way = attend_split_keys if decision.kind == "split_keys" else attend
+    if whole or decision.kind == "split_keys":
+        way = attend if whole else attend_split_keys
         return way(*arrays, q_info, k_info, mask, impl=impl, **options)
     # a piece no longer stands where the whole row promised
     info, layout = q_info.replace(first_row=None, zigzag=None), decision.layout

@@ -44,8 +44,8 @@ class TokenInfo:
       document_multiple: static promise. Every document of every row starts at a row index divisible by this number,
         and within a document positions and rows count up together. 1 promises nothing; 0 says that documents start at
         row 0 only (one document per row, padding after it). Chunks counted by document then have borders at known rows.
-      unbroken: static promise. Every row is one document without padding, positions equal to rows: coordinates can be
-        computed anywhere and need not travel.
+      unbroken: static promise. Every batch row is of one document without padding, in which positions and rows differ
+        by a constant: coordinates can be computed anywhere and need not travel.
       zigzag: static promise. The places are rows `0 … T-1` in the zigzag order of `context.layout` over this many
         pieces; `first_row` is then `None`.
     """

@@ -164,14 +164,15 @@ def test_pieces_long_enough_for_blocks_to_be_skipped(mask):
     assert_close(jax.device_get(layout.unplace(found)), jax.device_get(wanted), rtol=0, atol=2e-6, what="output")
 
 
+@pytest.mark.parametrize("queries", [1, T // 4], ids=["one token", "as many as a device has keys"])
 @pytest.mark.parametrize("mask", [Global(), Chunked(64)], ids=["cut cache", "a chunk whole on every device"])
-def test_decoding_one_token(arrays, mask):
+def test_decoding(arrays, mask, queries):
     q, k, v, _ = arrays
-    info = packed_and_padded()
-    last = info.take(np.array([40])).replace(first_row=None)
-    wanted = jax.jit(lambda: attend(q[:, :1], k, v, last, info, mask))()
+    q, info = q[:, :queries], packed_and_padded()
+    last = info.take(np.arange(40, 40 + queries))
+    wanted = jax.jit(lambda: attend(q, k, v, last, info, mask))()
     with jax.set_mesh(make_mesh(MESHES["data 2 context 4"])):
-        found = jax.jit(lambda: attend_sharded(q[:, :1], k, v, last, info, mask))()
+        found = jax.jit(lambda: attend_sharded(q, k, v, last, info, mask))()
     assert_close(jax.device_get(found), jax.device_get(wanted), rtol=0, atol=2e-6, what="output")
 
 
