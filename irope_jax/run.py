@@ -140,7 +140,7 @@ def eval_verb(args: argparse.Namespace, overrides: Overrides) -> int:
     asked = [fingerprint(experiment), str(directory), args.step, args.only]
     agree("what to evaluate", asked, "start every process with the same command")
     optimizer = make_optimizer(experiment.train.optimizer, experiment.train.steps)
-    abstract, shardings = state_shardings(experiment.model, optimizer, mesh)  # while no mesh is in force, as in train
+    abstract, shardings = state_shardings(experiment.model, optimizer, mesh)
     with jax.set_mesh(mesh), Checkpoints(directory) as checkpoints:
         step = args.step if args.step is not None else checkpoints.latest
         params = checkpoints.restore_params(abstract.params, shardings.params, step)

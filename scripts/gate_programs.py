@@ -30,12 +30,12 @@ from irope_jax.model.config import ModelConfig, irope_layers
 from irope_jax.model.cost import parameter_counts
 from irope_jax.model.decoder import hidden_states
 from irope_jax.model.feed_forward import SwiGLU
+from irope_jax.plan.compiled import abstract_state
 from irope_jax.plan.hlo import HloCost, analyse
 from irope_jax.plan.hlo.text import parse
 from irope_jax.sharding.mesh import MeshConfig, make_mesh
 from irope_jax.sharding.rules import batch_sharding
 from irope_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
-from irope_jax.train.state import state_shardings
 from irope_jax.train.step import make_train_step
 
 Phase = Literal["forward", "backward", "both"]
@@ -271,9 +271,7 @@ def train_step(model: Model) -> Measured:
 
 def _state(model: Model, mesh: Mesh):
     optimizer = make_optimizer(OptimizerConfig(), 100)
-    abstract, shardings = state_shardings(model.config, optimizer, mesh)
-    place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-    return jax.tree.map(place, abstract, shardings), shardings, optimizer
+    return *abstract_state(model.config, optimizer, mesh), optimizer
 
 
 def _batch(model: Model, mesh: Mesh) -> Batch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import Mesh
 
 from irope_jax.context.layout import ContextLayout
@@ -13,7 +14,7 @@ from irope_jax.model.config import ModelConfig
 from irope_jax.sharding.rules import batch_sharding
 from irope_jax.train.loop import TrainConfig
 from irope_jax.train.optimizer import learning_rate, make_optimizer
-from irope_jax.train.state import state_shardings
+from irope_jax.train.state import TrainState, state_shardings
 from irope_jax.train.step import make_train_step
 
 
@@ -32,6 +33,15 @@ def abstract_batch(data: DataConfig, layout: ContextLayout, mesh: Mesh) -> Batch
     return Batch(ids, ids, array(jnp.float32), info)
 
 
+def abstract_state(
+    model: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> tuple[TrainState, TrainState]:
+    """`(state, shardings)`: the training state without numbers, each leaf with its place, and the places alone."""
+    abstract, shardings = state_shardings(model, optimizer, mesh)
+    lie = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    return jax.tree.map(lie, abstract, shardings), shardings
+
+
 def lower_train_step(model: ModelConfig, data: DataConfig, config: TrainConfig, mesh: Mesh) -> jax.stages.Lowered:
     """The step that `train.loop` jits, lowered; call it under `jax.set_mesh(mesh)` or `targets.targeting(mesh)`.
 
@@ -39,10 +49,9 @@ def lower_train_step(model: ModelConfig, data: DataConfig, config: TrainConfig, 
       ConfigError: something does not divide by the mesh.
     """
     optimizer = make_optimizer(config.optimizer, config.steps)
-    abstract, shardings = state_shardings(model, optimizer, mesh)
-    lie = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    state, shardings = abstract_state(model, optimizer, mesh)
     rate = learning_rate(config.optimizer, config.steps)
     step = make_train_step(model, optimizer, rate, z_loss=config.z_loss, accumulate=config.accumulate)
     layout = ContextLayout(model.context.layout, mesh.shape["context"])
     take = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
-    return take.lower(jax.tree.map(lie, abstract, shardings), abstract_batch(data, layout, mesh))
+    return take.lower(state, abstract_batch(data, layout, mesh))

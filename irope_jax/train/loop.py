@@ -117,7 +117,6 @@ def train(
         StopRequest() as stop,
     ):
         # ---- where to start -----------------------------------------------------------------------------------------
-        # No mesh is in force yet: parameters are initialised by running one short row, which no mesh would divide.
         abstract, shardings = state_shardings(model, optimizer, device_mesh)
         owed = False  # an evaluation that a signal cut short
         shared = "the run directory must lie where every process sees it, on a shared file system"
