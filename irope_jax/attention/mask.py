@@ -160,6 +160,19 @@ def phase_positions(mask: MaskSpec, info: TokenInfo) -> Array:
     return info.positions
 
 
+def visible_keys(mask: MaskSpec, info: TokenInfo) -> Array:
+    """How many keys each query sees in its whole document, itself included: int32 `[B, T]`.
+
+    From its position and its place in chunk or window, whatever is in the cache or on other devices.
+    """
+    count = info.positions + 1
+    if mask.width is not None:
+        count = jnp.minimum(count, mask.width)
+    if isinstance(mask, Chunked):
+        count = jnp.minimum(count, (mask.counted(info) + mask.shift) % mask.size + 1)
+    return count
+
+
 def reach(mask: MaskSpec) -> int | None:
     """How many rows back a query may look, its own included; `None` means all of its document."""
     return mask.reach

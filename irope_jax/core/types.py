@@ -38,6 +38,10 @@ class TokenInfo:
       segments: int32 `[B, T]`, which document of the row; 0 (`PAD_SEGMENT`) is padding.
       rows: int32 `[B, T]`, the index in the packed row. Causality compares rows: a query sees a key only if the key's
         row is not greater. Any permutation of the sequence keeps each token's row, so it changes nothing.
+      offsets: float32 `[B, T]` or None: a fraction of a position by which the token stands after `positions`, where the
+        centre of an entry lies between two (32 tokens from 0 on have theirs at 15.5). Only rotations read it.
+      spreads: float32 `[B, T]` or None: standard deviation, in positions, of where an entry that stands for several
+        tokens is; 0 is a token. Only rotations read it.
       first_row: static promise. An integer `r` says that place `t` of the struct is row `r + t` in every batch row
         (tokens stand in row order), so that blocks which no query can see are known while tracing. `None` promises
         nothing: a permutation, cache slots, or a piece whose offset is known only on its device.
@@ -53,6 +57,8 @@ class TokenInfo:
     positions: Array
     segments: Array
     rows: Array
+    offsets: Array | None = None
+    spreads: Array | None = None
     first_row: int | None = flax.struct.field(pytree_node=False, default=None)
     document_multiple: int = flax.struct.field(pytree_node=False, default=1)
     unbroken: bool = flax.struct.field(pytree_node=False, default=False)
@@ -68,6 +74,18 @@ class TokenInfo:
         rows = jnp.broadcast_to(jnp.arange(start, start + length, dtype=jnp.int32), (batch, length))
         return cls(rows, jnp.ones_like(rows), rows, first_row=start, document_multiple=0, unbroken=True)
 
+    @classmethod
+    def spans(cls, starts: Array, widths: Array) -> TokenInfo:
+        """One document per row whose entries stand for runs of tokens: `starts … starts + widths - 1`, int32 `[B, T]`.
+
+        An entry is centred at `start + (width - 1) / 2` with the spread of equal weights, `sqrt((width^2 - 1) / 12)`.
+        """
+        starts, twice = jnp.asarray(starts, jnp.int32), jnp.asarray(widths, jnp.int32) - 1
+        rows = jnp.broadcast_to(jnp.arange(starts.shape[1], dtype=jnp.int32), starts.shape)
+        spreads = jnp.sqrt((twice * (twice + 2)).astype(jnp.float32) / 12)
+        offsets = (twice % 2).astype(jnp.float32) / 2
+        return cls(starts + twice // 2, jnp.ones_like(rows), rows, offsets, spreads, first_row=0)
+
     def take(self, index, axis: int = 1) -> TokenInfo:
         """The coordinates of a selection of places (any order). Promises about the order of places are dropped."""
         return self.map(lambda x: jnp.take(x, index, axis=axis)).replace(first_row=None, zigzag=None)
@@ -82,7 +100,7 @@ class TokenInfo:
         return jax.lax.optimization_barrier((self, x.reshape(-1)[0]))[0]
 
     def map(self, function) -> TokenInfo:
-        """The same promises with `function` applied to each of the three arrays."""
+        """The same promises with `function` applied to each of the arrays."""
         return jax.tree.map(function, self)
 
 

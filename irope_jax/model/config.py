@@ -5,7 +5,7 @@ iRoPE, and every rival to it, is a tuple of layers; no code branches on the name
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from typing import Literal
 
 from irope_jax.attention.mask import Chunked, Global, MaskSpec, Sliding
@@ -13,8 +13,10 @@ from irope_jax.context.strategy import ContextConfig
 from irope_jax.core.config import ConfigError
 from irope_jax.core.types import Precision
 from irope_jax.model.feed_forward import FfnSpec
-from irope_jax.position.encoding import NoPE, PositionSpec, RoPE
-from irope_jax.position.temperature import Constant, LogFloor, TemperatureSpec
+from irope_jax.position import encoding
+from irope_jax.position.absolute import NoEmbedding, PositionEmbedding, Sinusoidal
+from irope_jax.position.encoding import EXTENSIONS, NoPE, PositionSpec, RoPE
+from irope_jax.position.temperature import Constant, LogFloor, TemperatureSpec, in_training
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class LayerSpec:
     """One decoder layer.
 
     Attributes:
-      position: how q and k carry position (`RoPE`, `NoPE`).
+      position: how q and k carry position (`RoPE`, `NoPE`, `ALiBi` …).
       mask: which keys a query sees (`Global`, `Chunked`, `Sliding`); it also decides what the layer costs.
       ffn: the feed-forward part.
       temperature: factor on the queries by their position.
@@ -35,6 +37,15 @@ class LayerSpec:
     ffn: FfnSpec
     temperature: TemperatureSpec = Constant()
     qk_norm: Literal["none", "rms"] = "none"
+
+    def __post_init__(self):
+        if isinstance(self.position, EXTENSIONS) and not isinstance(self.mask, Global):
+            fix = f"position {self.position.kind!r} splits what a global layer sees; use kind 'global'"
+            raise ConfigError("mask", self.mask, fix)
+        rotation = encoding.rotation(self.position)
+        if self.qk_norm == "rms" and rotation is not None and rotation.magnifies_part:
+            fix = "would cancel the attention factor, which lies on the turned prefix only; use 'none'"
+            raise ConfigError("qk_norm", self.qk_norm, fix)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +60,7 @@ class ModelConfig:
       num_kv_heads: K key heads, a divisor of N.
       head_dim: H, even where a layer rotates.
       pattern: the layers that repeat, first layer first.
+      position_embedding: added to the token embeddings, once: nothing, sinusoids, or a learned vector per position.
       output_head: `tied` uses the embedding again, `untied` has a matrix of its own.
       norm_eps: added to the mean square in every RMS norm.
       init_std: standard deviation of the initial weights.
@@ -70,6 +82,7 @@ class ModelConfig:
     num_kv_heads: int
     head_dim: int
     pattern: tuple[LayerSpec, ...]
+    position_embedding: PositionEmbedding = NoEmbedding()
     output_head: Literal["tied", "untied"] = "tied"
     norm_eps: float = 1e-5
     init_std: float = 0.02
@@ -93,10 +106,21 @@ class ModelConfig:
         if not self.pattern:
             raise ConfigError("pattern", self.pattern, "needs at least one layer")
         for i, layer in enumerate(self.pattern):
-            if isinstance(layer.position, RoPE) and self.head_dim % 2:
+            if encoding.rotation(layer.position) is not None and self.head_dim % 2:
                 raise ConfigError(
                     "head_dim", self.head_dim, f"layer {i} of the pattern rotates pairs: use an even width"
                 )
+            try:
+                encoding.check(layer.position, self.head_dim)
+            except ConfigError as error:
+                raise error.within(f"pattern.{i}.position") from None
+        if isinstance(self.position_embedding, Sinusoidal) and self.d_model % 2:
+            raise ConfigError("d_model", self.d_model, "sines and cosines come in pairs; use an even width")
+
+    def in_training(self) -> ModelConfig:
+        """The model while it is trained: temperatures that are meant for evaluation only are left out."""
+        pattern = tuple(replace(layer, temperature=in_training(layer.temperature)) for layer in self.pattern)
+        return self if pattern == self.pattern else replace(self, pattern=pattern)
 
     @property
     def residual_std(self) -> float:
@@ -143,12 +167,30 @@ def irope_layers(
     return (local,) * (interval - 1) + (LayerSpec(NoPE(), Global(), ffn, temperature=temperature or LogFloor()),)
 
 
+def describe_position(spec: PositionSpec) -> str:
+    """A position spec in a few words."""
+    if not isinstance(spec, RoPE):
+        inner = encoding.rotation(spec)
+        names = {"nope": "NoPE", "alibi": "ALiBi", "xpos": "xPos", "rerope": "ReRoPE"}
+        name = names.get(spec.kind, spec.kind.replace("_", "-"))
+        own = [f"{f.name}={getattr(spec, f.name):g}" for f in fields(spec) if f.name != "rope"]
+        return " ".join([name, *own, *([f"of {describe_position(inner)}"] if inner else [])])
+    words = [f"RoPE theta={spec.theta:g}"]
+    if spec.scaling.kind != "unscaled":
+        words.append(f"{spec.scaling.kind} x{spec.scaling.factor:g}")
+    if spec.fraction < 1:
+        words.append(f"{spec.part} {spec.fraction:g}")
+    return " ".join(words)
+
+
 def draw_layers(config: ModelConfig) -> str:
     """The layer pattern as text, a line per layer of the period, with how many times it repeats."""
     period = config.period
     lines = [f"{len(config.layers)} layers = {len(config.layers) // len(period)} x a period of {len(period)}"]
+    if not isinstance(config.position_embedding, NoEmbedding):
+        lines.append(f"       position embedding: {config.position_embedding}")
     for i, layer in enumerate(period):
-        position = f"RoPE theta={layer.position.theta:g}" if isinstance(layer.position, RoPE) else "NoPE"
+        position = describe_position(layer.position)
         match layer.mask:
             case Chunked(size=size, by=by, shift=shift):
                 mask, bar = f"chunks of {size} by {by}" + (f" shifted {shift}" if shift else ""), "[████][████][████]"

@@ -20,11 +20,12 @@ def abstract_params(config: ModelConfig) -> Any:
 
 
 def parameter_counts(config: ModelConfig) -> dict[str, int]:
-    """Parameters by part: `embedding`, `attention`, `feed_forward`, `norms`, `head`."""
+    """Parameters by part: `embedding` (of tokens and positions), `attention`, `feed_forward`, `norms`, `head`."""
     counts: dict[str, int] = {}
     for path, leaf in jax.tree_util.tree_leaves_with_path(nn.meta.unbox(abstract_params(config))):
         names = [str(getattr(key, "key", key)) for key in path]
         part = next((p for p in ("attention", "feed_forward", "embedding", "head") if p in names), "norms")
+        part = "embedding" if "position_table" in names else part
         counts[part] = counts.get(part, 0) + int(np.prod(leaf.shape))
     return counts
 

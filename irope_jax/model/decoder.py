@@ -15,8 +15,12 @@ from irope_jax.model.config import LayerSpec, ModelConfig
 from irope_jax.model.feed_forward import FeedForward
 from irope_jax.model.layers import RMSNorm
 from irope_jax.model.self_attention import SelfAttention
+from irope_jax.position.absolute import Learned, Sinusoidal, sinusoids
+from irope_jax.position.rope import Turns
 from irope_jax.sharding.lookup import look_up
 from irope_jax.sharding.rules import constrain
+
+PeriodTurns = tuple[Turns | None, ...] | None
 
 REMAT_POLICIES = {
     "full": jax.checkpoint_policies.nothing_saveable,
@@ -32,11 +36,11 @@ class DecoderLayer(nn.Module):
     layer: LayerSpec
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, info: TokenInfo) -> jax.Array:
+    def __call__(self, x_BTD: jax.Array, info: TokenInfo, turns: Turns | None = None) -> jax.Array:
         cfg = self.config
         norm = lambda name: RMSNorm(cfg.norm_eps, cfg.precision, name=name)
         x_BTD = constrain(x_BTD, "batch", "length", "features")
-        x_BTD = x_BTD + SelfAttention(cfg, self.layer, name="attention")(norm("attention_norm")(x_BTD), info)
+        x_BTD = x_BTD + SelfAttention(cfg, self.layer, name="attention")(norm("attention_norm")(x_BTD), info, turns)
         feed_forward = FeedForward(self.layer.ffn, cfg.precision, cfg.init_std, cfg.residual_std, name="feed_forward")
         return x_BTD + feed_forward(norm("feed_forward_norm")(x_BTD))
 
@@ -47,13 +51,13 @@ class Period(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, info: TokenInfo) -> tuple[jax.Array, None]:
+    def __call__(self, x_BTD: jax.Array, info: TokenInfo, turns: PeriodTurns = None) -> tuple[jax.Array, None]:
         cfg = self.config
         cls = DecoderLayer
         if cfg.remat != "none":
             cls = nn.remat(DecoderLayer, policy=REMAT_POLICIES[cfg.remat], prevent_cse=False)
         for i, layer in enumerate(cfg.period):
-            x_BTD = cls(cfg, layer, name=f"layer_{i}")(x_BTD, info)
+            x_BTD = cls(cfg, layer, name=f"layer_{i}")(x_BTD, info, turns[i] if turns else None)
         return x_BTD, None
 
 
@@ -61,8 +65,9 @@ class Decoder(nn.Module):
     """Tokens and their coordinates to hidden states.
 
     Parameters of the layers are stacked over the repeats of the period (leading axis R), whatever the depth, so compile
-    time does not grow with it. They do not depend on positions, masks or temperatures: a model with another `pattern`
-    of the same shapes uses the same parameters, after `restack` if its period is another.
+    time does not grow with it. But for what is learned of positions (`SSMax`, a learned position embedding) they do not
+    depend on positions, masks or temperatures: a model with another `pattern` of the same shapes uses the same
+    parameters, after `restack` if its period is another.
     """
 
     config: ModelConfig
@@ -78,6 +83,13 @@ class Decoder(nn.Module):
             (cfg.vocab_size, cfg.d_model),
             params,
         )
+        if isinstance(cfg.position_embedding, Learned):
+            self.position_table = self.param(
+                "position_table",
+                nn.with_logical_partitioning(init_embedding, ("positions", "embed")),
+                (cfg.position_embedding.size, cfg.d_model),
+                params,
+            )
         if cfg.output_head == "untied":
             self.head = self.param(
                 "head", nn.with_logical_partitioning(init, ("embed", "vocab")), (cfg.d_model, cfg.vocab_size), params
@@ -93,10 +105,24 @@ class Decoder(nn.Module):
         self.periods = scanned(cfg)
         self.final_norm = RMSNorm(cfg.norm_eps, cfg.precision)
 
-    def __call__(self, tokens_BT: jax.Array, info: TokenInfo) -> jax.Array:
-        """Hidden states `[B, T, D]` after the final norm, in the compute type."""
-        x_BTD = look_up(self.embedding, tokens_BT, jnp.dtype(self.config.precision.compute))
-        x_BTD, _ = self.periods(x_BTD, info)
+    def __call__(self, tokens_BT: jax.Array, info: TokenInfo, turns: PeriodTurns = None) -> jax.Array:
+        """Hidden states `[B, T, D]` after the final norm, in the compute type.
+
+        Args:
+          tokens_BT, info: tokens and where they are.
+          turns: per layer of the period, frequencies to turn by instead of the layer's own, or None.
+        """
+        compute = jnp.dtype(self.config.precision.compute)
+        x_BTD = look_up(self.embedding, tokens_BT, compute)
+        match self.config.position_embedding:
+            case Sinusoidal() as spec:
+                x_BTD = x_BTD + sinusoids(spec, info.positions, self.config.d_model).astype(compute)
+            case Learned(size):
+                if tokens_BT.shape[1] > size:
+                    fix = f"a row has {tokens_BT.shape[1]} positions, for which nothing was learned; use shorter rows"
+                    raise ConfigError("model.position_embedding.size", size, fix)
+                x_BTD = x_BTD + look_up(self.position_table, info.positions, compute)
+        x_BTD, _ = self.periods(x_BTD, info, turns)
         return self.final_norm(x_BTD)
 
     def head_matrix(self) -> jax.Array:
@@ -136,12 +162,12 @@ def restack(params: Any, source: ModelConfig, target: ModelConfig) -> Any:
 
 
 def hidden_states(
-    config: ModelConfig, params: Any, tokens_BT: jax.Array, info: TokenInfo
+    config: ModelConfig, params: Any, tokens_BT: jax.Array, info: TokenInfo, turns: PeriodTurns = None
 ) -> tuple[jax.Array, jax.Array]:
     """`(hidden_BTD, w_DV)`: what a loss or a sampler needs."""
     decoder = Decoder(config)
     variables = {"params": params}
-    return decoder.apply(variables, tokens_BT, info), decoder.apply(variables, method="head_matrix")
+    return decoder.apply(variables, tokens_BT, info, turns), decoder.apply(variables, method="head_matrix")
 
 
 def logits(config: ModelConfig, params: Any, tokens_BT: jax.Array, info: TokenInfo) -> jax.Array:

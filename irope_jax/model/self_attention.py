@@ -9,13 +9,16 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from irope_jax.attention.mask import phase_positions
+from irope_jax.attention.mask import Chunked, Global, Sliding, phase_positions, visible_keys
+from irope_jax.attention.parts import KeySet, attend_parts
 from irope_jax.context.api import attend_sharded
+from irope_jax.core.config import ConfigError
 from irope_jax.core.types import TokenInfo
 from irope_jax.model.config import LayerSpec, ModelConfig
 from irope_jax.model.layers import rms_normalise
-from irope_jax.position import temperature
-from irope_jax.position.encoding import encode, logit_factor
+from irope_jax.position import encoding, temperature
+from irope_jax.position.extension import Part
+from irope_jax.position.rope import Turns
 
 
 class SelfAttention(nn.Module):
@@ -29,8 +32,11 @@ class SelfAttention(nn.Module):
     layer: LayerSpec
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, info: TokenInfo) -> jax.Array:
-        """Hidden states `[B, T, D]` to the layer's contribution to the residual stream `[B, T, D]`."""
+    def __call__(self, x_BTD: jax.Array, info: TokenInfo, turns: Turns | None = None) -> jax.Array:
+        """Hidden states `[B, T, D]` to the layer's contribution to the residual stream `[B, T, D]`.
+
+        `turns` are frequencies instead of those that the spec of the layer computes.
+        """
         cfg, layer = self.config, self.layer
         params, compute = jnp.dtype(cfg.precision.params), jnp.dtype(cfg.precision.compute)
         shape = lambda heads: (cfg.d_model, heads, cfg.head_dim)
@@ -52,17 +58,54 @@ class SelfAttention(nn.Module):
         k_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, w_k_DKH)
         v_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, w_v_DKH)
 
-        phases_BT = phase_positions(layer.mask, info)
-        q_BTNH, k_BTKH = encode(layer.position, q_BTNH, k_BTKH, phases_BT, phases_BT)
-        if layer.qk_norm == "rms":
-            q_BTNH, k_BTKH = rms_normalise(q_BTNH, cfg.norm_eps), rms_normalise(k_BTKH, cfg.norm_eps)
-        factor_BT = temperature.scale(layer.temperature, info.positions)
-        if factor_BT is not None:
-            q_BTNH = (q_BTNH * factor_BT[..., None, None]).astype(compute)
+        learned_N = None
+        if temperature.is_learned(layer.temperature):
+            init = nn.with_logical_partitioning(nn.initializers.constant(layer.temperature.initial), ("heads",))
+            learned_N = self.param("temperature", init, (cfg.num_heads,), params)
+        factor_BTN = temperature.scale(layer.temperature, info, visible_keys(layer.mask, info), learned_N)
+
+        def finish(q_BTNH: jax.Array, k_BTKH: jax.Array) -> tuple[jax.Array, jax.Array]:
+            """What follows the rotation."""
+            if layer.qk_norm == "rms":
+                q_BTNH, k_BTKH = rms_normalise(q_BTNH, cfg.norm_eps), rms_normalise(k_BTKH, cfg.norm_eps)
+            if factor_BTN is not None:
+                q_BTNH = (q_BTNH * factor_BTN[..., None]).astype(compute)
+            return q_BTNH, k_BTKH
 
         # A magnitude that a RoPE scaling asks for goes into the scale: in cos and sin, qk-norm would cancel it.
-        scale = cfg.head_dim**-0.5 * logit_factor(layer.position, cfg.head_dim)
-        out_BTNH = attend_sharded(
-            q_BTNH, k_BTKH, v_BTKH, info, info, layer.mask, scale=scale, impl=cfg.attention, context=cfg.context
-        )
+        scale = cfg.head_dim**-0.5 * encoding.logit_factor(layer.position, cfg.head_dim)
+        plain = info.replace(offsets=None, spreads=None)  # who sees whom does not depend on them
+        parts = encoding.encode_parts(layer.position, q_BTNH, k_BTKH, info, turns=turns)
+        if parts is not None:
+            out_BTNH = _in_parts([(*finish(q, k), part) for q, k, part in parts], v_BTKH, scale, cfg.attention)
+        else:
+            relative = encoding.is_relative(layer.position)
+            at_BT = phase_positions(layer.mask, info) if relative else info.positions
+            reach = layer.mask.size if isinstance(layer.mask, Chunked) else None
+            encoded = encoding.encode(layer.position, q_BTNH, k_BTKH, info, at_BT, turns=turns, longest=reach)
+            q_BTNH, k_BTKH = finish(*encoded)
+            slopes_N = encoding.slopes(layer.position, cfg.num_heads)
+            out_BTNH = attend_sharded(
+                q_BTNH, k_BTKH, v_BTKH, plain, plain, layer.mask,
+                scale=scale, slopes=slopes_N, impl=cfg.attention, context=cfg.context,
+            )  # fmt: skip
         return jnp.einsum("BTNH,NHD->BTD", out_BTNH, w_o_NHD)
+
+
+def _in_parts(parts: list, v_BTKH: jax.Array, scale: float, impl: str | None) -> jax.Array:
+    """Attention in several parts; every device needs the whole sequence of its rows for it.
+
+    Raises:
+      ConfigError: a mesh that cuts the sequence.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.shape["context"] > 1:
+        fix = "attention in several parts (SelfExtend, ReRoPE, dual chunk) needs whole sequences; use mesh.context=1"
+        raise ConfigError("mesh.context", mesh.shape["context"], fix)
+
+    def key_set(q_BTNH, k_BTKH, part: Part) -> KeySet:
+        mask = Sliding(part.window) if part.window else Chunked(part.chunk) if part.chunk else Global()
+        q_info, k_info = (info.replace(offsets=None, spreads=None) for info in (part.q_info, part.k_info))
+        return KeySet(q_BTNH, k_BTKH, q_info, k_info, mask)
+
+    return attend_parts([key_set(*part) for part in parts], v_BTKH, scale=scale, impl=impl)

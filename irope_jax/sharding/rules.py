@@ -29,6 +29,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "head_dim": None,
     "mlp": "tensor",
     "vocab": "tensor",
+    "positions": None,
     "expert": "expert",
     "layers": None,
     # a layer's input and output: whole on every device of (context, tensor)

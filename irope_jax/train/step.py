@@ -19,7 +19,7 @@ from irope_jax.train.state import TrainState
 
 def loss_sums(config: ModelConfig, params: Any, batch: Batch, z_loss: float) -> tuple[jax.Array, Any]:
     """Weighted sum of token losses, whose gradient includes the z-loss, and the `LossSums` it came from."""
-    hidden_BTD, w_DV = hidden_states(config, params, batch.tokens, batch.info)
+    hidden_BTD, w_DV = hidden_states(config.in_training(), params, batch.tokens, batch.info)
     sums = chunked_cross_entropy(hidden_BTD, w_DV, batch.targets, batch.weights, z_loss=z_loss, shards=token_parts())
     return sums.loss_sum, sums
 
