@@ -20,6 +20,7 @@ import jax
 from irope_jax.checkpoint.native import CheckpointConfig
 from irope_jax.context.layout import ContextLayout
 from irope_jax.core.config import ConfigError, from_dict, nearest, override, to_dict
+from irope_jax.core.records import RecordError
 from irope_jax.data.pipeline import DataConfig
 from irope_jax.evals.registry import EvalSpec
 from irope_jax.model.config import ModelConfig
@@ -150,6 +151,18 @@ def load_config(reference: str) -> dict[str, Any]:
     except Exception as error:
         raise ConfigError("config", reference, f"failed while running: {type(error).__name__}: {error}") from error
     return _plain(values)
+
+
+def run_config(directory: Path) -> dict[str, Any]:
+    """Nested plain values of the config that a run directory was made with.
+
+    Raises:
+      RecordError: it is not a run directory.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        raise RecordError(f"{directory}: not a run directory (no config.json); name one of `irope train` or `import`")
+    return load_config(str(path))
 
 
 def _call_get_config(path: Path, argument: str) -> Any:

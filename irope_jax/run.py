@@ -6,7 +6,6 @@ import argparse
 import logging
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import jax
 from rich.console import Console
@@ -24,7 +23,7 @@ from irope_jax.core.hosts import (
 )
 from irope_jax.core.records import ConfigChangedError, NullWriter, RecordError, RunWriter, load_run
 from irope_jax.evals.registry import build_evaluators
-from irope_jax.experiment import check_devices, load_config, resolve
+from irope_jax.experiment import check_devices, load_config, resolve, run_config
 from irope_jax.model.config import draw_layers
 from irope_jax.sharding.mesh import make_mesh
 from irope_jax.show import show_verb
@@ -125,7 +124,7 @@ def _says_finished(directory: Path, steps: int) -> bool:
 def eval_verb(args: argparse.Namespace, overrides: Overrides) -> int:
     _join(args)
     directory = Path(args.run)
-    trained = resolve(_run_config(directory))
+    trained = resolve(run_config(directory))
     experiment = resolve(to_dict(trained), overrides)
     if experiment.model.pattern != trained.model.pattern:
         log.info("the layers differ from those trained: %s", draw_layers(experiment.model).splitlines()[0])
@@ -158,13 +157,6 @@ def eval_verb(args: argparse.Namespace, overrides: Overrides) -> int:
     if not as_trained:
         log.info("evaluated with changed values: printed only, not added to %s", directory / "records.jsonl")
     return 0
-
-
-def _run_config(directory: Path) -> dict[str, Any]:
-    path = directory / "config.json"
-    if not path.is_file():
-        raise RecordError(f"{directory}: not a run directory (no config.json); name one that `irope train` made")
-    return load_config(str(path))
 
 
 def report_verb(args: argparse.Namespace, overrides: Overrides) -> int:

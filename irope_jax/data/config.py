@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from irope_jax.core.config import ConfigError
-from irope_jax.data.packing import OnePerRow, PackingSpec
+from irope_jax.data.packing import Counted, OnePerRow, PackingSpec, Randomised, TrainingPositions
 from irope_jax.data.sources import Corpus, SourceSpec
 from irope_jax.data.synthetic import TaskSpec
 from irope_jax.data.tokenizer import ByteTokenizer, TokenizerSpec
@@ -54,6 +54,7 @@ class DataConfig:
       batch_size: rows of the global batch; all processes together.
       mixture: what is mixed.
       packing: how documents share rows.
+      positions: how tokens of a document are numbered in training: counted, or a random growing selection.
       tokenizer: text to ids.
       seed: order, cuts and samples.
       prefetch: batches made ahead by a background thread; 0 makes each when asked.
@@ -63,6 +64,7 @@ class DataConfig:
     batch_size: int = 8
     mixture: tuple[Ingredient, ...] = (Ingredient(),)
     packing: PackingSpec = field(default_factory=OnePerRow)
+    positions: TrainingPositions = field(default_factory=Counted)
     tokenizer: TokenizerSpec = field(default_factory=ByteTokenizer)
     seed: int = 0
     prefetch: int = 2
@@ -76,6 +78,9 @@ class DataConfig:
                 raise ConfigError(name, getattr(self, name), "must be 0 or more")
         if not self.mixture:
             raise ConfigError("mixture", self.mixture, "name at least one ingredient, such as Ingredient(Corpus())")
+        if isinstance(self.positions, Randomised) and self.positions.limit < self.seq_len:
+            fix = f"a document may have seq_len={self.seq_len} tokens; choose from at least as many positions"
+            raise ConfigError("positions.limit", self.positions.limit, fix)
         multiple = self.packing.document_multiple
         if multiple > 1 and self.seq_len % multiple:
             fix = f"seq_len={self.seq_len} is not a multiple of it; documents could not fill a row"

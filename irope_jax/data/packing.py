@@ -58,6 +58,35 @@ class BestFit:
 
 PackingSpec = OnePerRow | BestFit
 
+
+@dataclass(frozen=True)
+class Counted:
+    """Positions count the tokens of a document: 0, 1, 2 …"""
+
+    kind: ClassVar[str] = "counted"
+
+
+@dataclass(frozen=True)
+class Randomised:
+    """Positions are a random growing selection of `0 … limit - 1`, drawn anew for each document (arXiv 2305.16843).
+
+    In training only: a model that saw large positions on short documents meets nothing new on long ones. They are what
+    rotations, temperatures and chunks by document go by; evaluation counts.
+
+    Attributes:
+      limit: positions to choose from, at least the row length: the length the model is to be used at.
+    """
+
+    limit: int
+    kind: ClassVar[str] = "randomised"
+
+    def draw(self, rng: np.random.Generator, count: int) -> np.ndarray:
+        return np.sort(rng.choice(self.limit, count, replace=False, shuffle=False)).astype(np.int32)
+
+
+TrainingPositions = Counted | Randomised
+"""What a training document numbers its tokens by."""
+
 Placed = tuple[int, Document]
 """`(first row index, document)`."""
 

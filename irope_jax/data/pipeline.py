@@ -19,11 +19,11 @@ import grain
 import numpy as np
 
 from irope_jax.core.config import ConfigError, differences, fingerprint, to_dict
-from irope_jax.core.types import Batch
+from irope_jax.core.types import Batch, TokenInfo
 from irope_jax.data.config import DataConfig, Ingredient
 from irope_jax.data.documents import Document, Pieces, Windows, tokenized
 from irope_jax.data.haystacks import TextHaystack
-from irope_jax.data.packing import BestFit, BestFitPlanner, Placed, batch_of, pack_rows
+from irope_jax.data.packing import BestFit, BestFitPlanner, Placed, Randomised, batch_of, pack_rows
 from irope_jax.data.sources import SourceSpec
 from irope_jax.data.tokenizer import TokenizerSpec
 
@@ -32,7 +32,7 @@ Ref = tuple[int, int, int]
 
 _STATE_VERSION = 1
 
-_ORDER, _CUTS, _LENGTHS, _CONTENT = range(4)
+_ORDER, _CUTS, _LENGTHS, _CONTENT, _POSITIONS = range(5)
 """Last words of the seeds of random streams, so that no two streams of an ingredient are the same."""
 
 
@@ -177,7 +177,20 @@ class _Stream:
             [(start, self.documents[ref[0]].load(*ref[1:])) for start, ref in row] for row in rows[self.rows]
         ]
         config = self.config
-        return pack_rows(placed, config.seq_len, config.tokenizer.pad_id, config.packing.document_multiple)
+        batch = pack_rows(placed, config.seq_len, config.tokenizer.pad_id, config.packing.document_multiple)
+        if isinstance(config.positions, Randomised):
+            batch = batch.replace(info=self._randomised(batch.info, rows[self.rows]))
+        return batch
+
+    def _randomised(self, info: TokenInfo, rows: Sequence[Sequence[tuple[int, Ref]]]) -> TokenInfo:
+        """The same coordinates with positions drawn anew; a document's depend on nothing but which document it is."""
+        config, positions = self.config, info.positions.copy()
+        for b, row in enumerate(rows):
+            for segment, (start, (place, epoch, index)) in enumerate(row, 1):
+                count = int((info.segments[b] == segment).sum())
+                rng = np.random.default_rng([config.seed, place, _POSITIONS, epoch, index])
+                positions[b, start : start + count] = config.positions.draw(rng, count)
+        return info.replace(positions=positions, document_multiple=1)  # positions and rows no longer count together
 
 
 class BatchIterator(Iterator[Batch]):

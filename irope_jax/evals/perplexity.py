@@ -28,7 +28,7 @@ class Perplexity:
     """Mean negative log-likelihood in nats per token (perplexity is its exponential).
 
     Measures `nll_by_length` (`where`: `length`) and `nll_by_position` (`length`, and positions `from` … `to - 1` in
-    buckets that double) at each length.
+    buckets) at each length.
 
     Attributes:
       name: label in the records.
@@ -36,6 +36,7 @@ class Perplexity:
       lengths: window lengths in tokens.
       tokens: how many tokens to score at each length, at least one window.
       batch_tokens: tokens of one forward pass.
+      bucket: width of the position buckets; None lets them double: 1, 1, 2, 4, 8 …
     """
 
     kind: ClassVar[str] = "perplexity"
@@ -44,12 +45,15 @@ class Perplexity:
     lengths: tuple[int, ...] = (1024,)
     tokens: int = 65_536
     batch_tokens: int = 16_384
+    bucket: int | None = None
 
     def __post_init__(self):
         check_lengths(self.lengths)
         for field in ("tokens", "batch_tokens"):
             if getattr(self, field) < 1:
                 raise ConfigError(field, getattr(self, field), "must be at least 1")
+        if self.bucket is not None and self.bucket < 1:
+            raise ConfigError("bucket", self.bucket, "positions of a bucket; use 1 or more, or None")
 
     def check(self, tokenizer: TokenizerSpec) -> None:
         """Nothing that can be known without reading the text."""
@@ -67,9 +71,12 @@ def check_lengths(lengths: tuple[int, ...]) -> None:
         raise ConfigError("lengths", lengths, "give at least one length, each of 2 tokens or more")
 
 
-def position_buckets(length: int) -> list[tuple[int, int]]:
-    """`[0, 1), [1, 2), [2, 4), [4, 8) …` cut off at `length`."""
-    edges = [0, *(2**k for k in range(length.bit_length()) if 2**k < length), length]
+def position_buckets(length: int, width: int | None = None) -> list[tuple[int, int]]:
+    """`[0, 1), [1, 2), [2, 4), [4, 8) …` or, given a width, `[0, width), [width, 2 width) …`, cut off at `length`."""
+    if width is None:
+        edges = [0, *(2**k for k in range(length.bit_length()) if 2**k < length), length]
+    else:
+        edges = [*range(0, length, width), length]
     return list(itertools.pairwise(edges))
 
 
@@ -98,7 +105,7 @@ class PerplexityEvaluator:
                 count_T += real_BT.sum(axis=0)
             count = int(count_T.sum())
             yield Measurement("nll_by_length", float(total_T.sum() / count), count, {"length": length})
-            for low, high in position_buckets(length):
+            for low, high in position_buckets(length, self.spec.bucket):
                 here = int(count_T[low:high].sum())
                 value = float(total_T[low:high].sum() / here)
                 yield Measurement("nll_by_position", value, here, {"length": length, "from": low, "to": high})

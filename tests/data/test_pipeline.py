@@ -1,3 +1,4 @@
+import dataclasses
 import gc
 import json
 import subprocess
@@ -15,7 +16,7 @@ from irope_jax.core.config import ConfigError
 from irope_jax.data.config import DataConfig, Ingredient
 from irope_jax.data.documents import tokenized
 from irope_jax.data.haystacks import TextHaystack
-from irope_jax.data.packing import BestFit, OnePerRow
+from irope_jax.data.packing import BestFit, OnePerRow, Randomised
 from irope_jax.data.pipeline import eval_text, make_iterator
 from irope_jax.data.sources import Corpus, Jsonl, TextFile
 from irope_jax.data.synthetic import Needle
@@ -286,3 +287,23 @@ def test_a_forgotten_iterator_ends_its_thread():
     del iterator
     gc.collect()
     assert threading.active_count() == before
+
+
+def test_randomised_positions_grow_are_drawn_per_document_and_change_nothing_else(open_iterator):
+    drawn = dataclasses.replace(PACKED, positions=Randomised(1000))
+    plain, ours = open_iterator(PACKED), open_iterator(drawn)
+    parts = [open_iterator(drawn, process_index=process, process_count=2) for process in range(2)]
+    starts = []
+    for _ in range(3):
+        a, b = next(plain), next(ours)
+        for name in ("tokens", "targets", "weights"):
+            np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+        np.testing.assert_array_equal(a.info.segments, b.info.segments)
+        assert b.info.document_multiple == 1 and b.info.positions.max() >= 128
+        same = (b.info.segments[:, 1:] == b.info.segments[:, :-1]) & (b.info.segments[:, 1:] > 0)
+        assert (np.diff(b.info.positions, axis=1)[same] > 0).all()
+        starts += [tuple(row[:5]) for row in b.info.positions]
+        np.testing.assert_array_equal(np.concatenate([next(part).info.positions for part in parts]), b.info.positions)
+    assert len(set(starts)) == len(starts)
+    with pytest.raises(ConfigError, match=r"positions.limit=127.*seq_len=128"):
+        dataclasses.replace(PACKED, positions=Randomised(127))
