@@ -26,6 +26,9 @@ A run is a config file; every value of it can be changed on the command line:
   irope train  --config=configs/debug.py --config.model.num_layers=8 --run-dir=runs/deep
   irope eval   runs/debug                                     evaluate its newest checkpoint
   irope report runs/debug runs/deep                           tables and pictures of several runs on one page
+  irope import model.gguf runs/model                          a Hugging Face or GGUF model as a run directory
+  irope search-rope --checkpoint=runs/extend_tiny --config=configs/search_rope.py:tiny
+                                                              factors that stretch a trained RoPE model
 """
 
 CONFIG_HELP = """\
@@ -135,6 +138,54 @@ examples:
     )
     report.add_argument("runs", nargs="+", metavar="RUN", help="run directories")
     report.add_argument("--out", metavar="DIR", help="where to write (default: report/ beside or inside the first run)")
+
+    bring = verb(
+        "import",
+        "a Hugging Face or GGUF model as a run directory",
+        """\
+Read a model of the plain Llama family (dense, RoPE, full attention) and make it a run directory, which `irope eval`,
+`irope search-rope` and `train.init_from` take like one that was trained here. SRC is a folder with config.json and
+safetensors, or a .gguf file, whose weights are dequantised. Only safetensors, JSON and GGUF are read; nothing in them
+is executed. What this package cannot compute exactly is an error that names it; DST appears only when it is whole.
+
+examples:
+  irope import ~/models/SmolLM2-135M runs/smollm2
+  irope import model.Q8_0.gguf runs/model
+  irope import model.gguf runs/model-16k --config.model.pattern.0.position.scaling.kind=ntk \\
+      --config.model.pattern.0.position.scaling.factor=2
+""",
+        "Values of the run's config are changed as in `irope train`: --config.a.b=VALUE.",
+    )
+    bring.add_argument("source", metavar="SRC", help="folder or .gguf file")
+    bring.add_argument("target", metavar="DST", help="run directory to make; must not be there")
+
+    search = verb(
+        "search-rope",
+        "find factors that stretch a trained RoPE model",
+        """\
+Search factors for the frequencies of a trained model, one per rotating pair, under which it reads longer text without
+training (LongRoPE): by evolution from PI, NTK and YaRN, or by gradient. The model is frozen; candidates are scored by
+its loss on held-out documents. Writes factors.json (a `scaling` for configs), factors.png and scores.jsonl.
+
+examples:
+  irope search-rope --checkpoint=runs/extend_tiny --config=configs/search_rope.py:tiny
+  irope search-rope --checkpoint=RUN --config=configs/search_rope.py --config.length=32768 --out=runs/x4
+  irope search-rope --checkpoint=RUN --config=configs/search_rope.py --config.objective.kind=needle
+  irope search-rope --checkpoint=RUN --config=configs/search_rope.py --config.method.kind=gradient --out=runs/trained \\
+      --compare=RUN/rope_search_16384/factors.json
+  irope eval RUN --config.model.pattern.0.position.scaling="$(cat RUN/rope_search_16384/factors.json)"
+
+Killed and started again with the same command, it goes on from scores.jsonl and gives the same answer.
+""",
+        CONFIG_HELP,
+    )
+    search.add_argument("--checkpoint", required=True, metavar="RUN", help="run directory of the trained model")
+    search.add_argument("--config", required=True, metavar="FILE[:ARG]", help="config file of the search")
+    search.add_argument("--step", type=int, metavar="N", help="checkpoint to read (default: the newest)")
+    search.add_argument("--out", metavar="DIR", help="where to write (default: RUN/rope_search_LENGTH)")
+    search.add_argument(
+        "--compare", metavar="FILE", action="append", help="factors.json of another search to draw beside; may repeat"
+    )
 
     show = verb(
         "show",

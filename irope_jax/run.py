@@ -25,17 +25,19 @@ from irope_jax.core.records import ConfigChangedError, NullWriter, RecordError, 
 from irope_jax.evals.registry import build_evaluators
 from irope_jax.experiment import check_devices, load_config, resolve, run_config
 from irope_jax.model.config import draw_layers
+from irope_jax.position.longrope_search import SearchError
+from irope_jax.search import search_rope_verb
 from irope_jax.sharding.mesh import make_mesh
 from irope_jax.show import show_verb
 from irope_jax.study.plots import PlotsMissingError
 from irope_jax.study.report import terminal_tables, write_report
 from irope_jax.train.loop import TrainingError, train
-from irope_jax.train.optimizer import make_optimizer
-from irope_jax.train.state import state_shardings
+from irope_jax.train.state import load_params
+from irope_jax.transfer import import_verb
 
 log = logging.getLogger(__name__)
 
-EXPECTED_ERRORS = (CheckpointError, DisagreementError, PlotsMissingError, RecordError, TrainingError)
+EXPECTED_ERRORS = (CheckpointError, DisagreementError, PlotsMissingError, RecordError, SearchError, TrainingError)
 """Failures whose message alone tells a user what to do."""
 
 Overrides = list[tuple[str, str]]
@@ -138,11 +140,8 @@ def eval_verb(args: argparse.Namespace, overrides: Overrides) -> int:
     mesh = make_mesh(check_devices(experiment, jax.device_count()))
     asked = [fingerprint(experiment), str(directory), args.step, args.only]
     agree("what to evaluate", asked, "start every process with the same command")
-    optimizer = make_optimizer(experiment.train.optimizer, experiment.train.steps)
-    abstract, shardings = state_shardings(experiment.model, optimizer, mesh)
-    with jax.set_mesh(mesh), Checkpoints(directory) as checkpoints:
-        step = args.step if args.step is not None else checkpoints.latest
-        params = checkpoints.restore_params(abstract.params, shardings.params, step)
+    with jax.set_mesh(mesh):
+        params, step = load_params(directory, experiment.model, mesh, args.step)
         # Another mesh measures the same; anything else would put numbers of another model or task into this run.
         values, mark = to_dict(trained), fingerprint(trained)
         as_trained = replace(experiment, mesh=trained.mesh) == trained
@@ -172,4 +171,11 @@ def report_verb(args: argparse.Namespace, overrides: Overrides) -> int:
     return 0
 
 
-VERBS = {"train": train_verb, "eval": eval_verb, "report": report_verb, "show": show_verb}
+VERBS = {
+    "train": train_verb,
+    "eval": eval_verb,
+    "import": import_verb,
+    "report": report_verb,
+    "search-rope": search_rope_verb,
+    "show": show_verb,
+}

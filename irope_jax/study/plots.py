@@ -46,7 +46,7 @@ def headline(arms: Sequence[Arm], path: Path, facts: Facts = "all") -> Path | No
         panels.append(_draw_nll_by_position)
     if not panels:
         return None
-    plt = _pyplot()
+    plt = pyplot()
     figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH if len(panels) > 1 else 0.6 * WIDTH, 3.5), squeeze=False)
     for axis, draw in zip(axes[0], panels, strict=True):
         draw(axis, arms)
@@ -58,7 +58,7 @@ def retrieval_by_length(arms: Sequence[Arm], path: Path, facts: Facts = "all") -
     """Accuracy by context length, with the 95 % Wilson band and the line of chance."""
     if not any(retrieval(arm, facts) for arm in arms):
         return None
-    figure, axis = _pyplot().subplots(figsize=(WIDTH, 3.9))
+    figure, axis = pyplot().subplots(figsize=(WIDTH, 3.9))
     _draw_retrieval(axis, arms, facts)
     _legend_above(figure, [axis], arms)
     return _save(figure, path)
@@ -68,7 +68,7 @@ def perplexity_by_position(arms: Sequence[Arm], path: Path) -> Path | None:
     """Perplexity by position (log2 buckets), with a line where training ended."""
     if not any(nll_by_position(arm) for arm in arms):
         return None
-    figure, axis = _pyplot().subplots(figsize=(WIDTH, 3.9))
+    figure, axis = pyplot().subplots(figsize=(WIDTH, 3.9))
     _draw_nll_by_position(axis, arms, as_perplexity=True)
     _legend_above(figure, [axis], arms)
     return _save(figure, path)
@@ -80,7 +80,7 @@ def loss_curves(arms: Sequence[Arm], path: Path) -> Path | None:
     curves = [(arm, steps, losses) for arm, steps, losses in curves if any(math.isfinite(v) for v in losses)]
     if not curves:
         return None
-    figure, axis = _pyplot().subplots(figsize=(WIDTH, 3.9))
+    figure, axis = pyplot().subplots(figsize=(WIDTH, 3.9))
     smoothed_all = []
     for arm, steps, losses in curves:
         span = max(1.0, (steps[-1] - steps[0]) / 30)
@@ -111,7 +111,7 @@ def heat_maps(arms: Sequence[Arm], path: Path, facts: Facts = "all") -> Path | N
     maps = [(arm, cells) for arm, cells in maps if cells]
     if not maps:
         return None
-    plt = _pyplot()
+    plt = pyplot()
     widest = max(len({cell.where["length"] for cell in cells}) for _, cells in maps)
     depths = sorted({cell.where["depth"] for _, cells in maps for cell in cells})
     columns = min(len(maps), 3 if widest <= 6 else 2)
@@ -313,11 +313,11 @@ def _save(figure, path: Path) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=200, facecolor="white", metadata={"Software": None})
-    _pyplot().close(figure)
+    pyplot().close(figure)
     return path
 
 
-def _pyplot():
+def pyplot():
     try:
         import matplotlib
     except ImportError:

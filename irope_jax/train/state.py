@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -59,6 +60,18 @@ def init_state(config: ModelConfig, optimizer: optax.GradientTransformation, mes
     return jax.jit(lambda: nn.meta.unbox(_create(config, optimizer, seed)), out_shardings=shardings)()
 
 
+def load_params(run_directory: str | Path, config: ModelConfig, mesh: Mesh, step: int | None = None) -> tuple[Any, int]:
+    """`(params, step)`: trained or imported parameters of a run directory (the newest by default), laid out on a mesh.
+
+    Raises:
+      CheckpointError: nothing there, or parameters of another model.
+    """
+    boxed = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    with Checkpoints(run_directory) as source:
+        step = source.latest if step is None else step
+        return source.restore_params(nn.meta.unbox(boxed), tree_shardings(boxed, mesh), step), step
+
+
 def params_from(run_directory: str, config: ModelConfig, mesh: Mesh, shardings: Any) -> tuple[Any, int]:
     """`(params, step)`: the newest parameters of another run, restacked for `config` and laid out by `shardings`.
 
@@ -68,9 +81,7 @@ def params_from(run_directory: str, config: ModelConfig, mesh: Mesh, shardings: 
     """
     with Checkpoints(run_directory) as source:
         trained = from_dict(ModelConfig, source.meta()["model"], "init_from.model")
-        boxed = jax.eval_shape(lambda: init_params(trained, jax.random.key(0)))
-        params = source.restore_params(nn.meta.unbox(boxed), tree_shardings(boxed, mesh))
-        step = source.latest
+    params, step = load_params(run_directory, trained, mesh)
     moved = jax.jit(lambda p: restack(p, trained, config), out_shardings=shardings)(params)
     wanted = jax.eval_shape(lambda: nn.meta.unbox(init_params(config, jax.random.key(0))))
     for (path, found), want in zip(jax.tree_util.tree_leaves_with_path(moved), jax.tree.leaves(wanted), strict=True):

@@ -122,11 +122,6 @@ def longrope_attention_factor(factor, original_length):
     return 1.0 if factor <= 1.0 else math.sqrt(1.0 + math.log(factor) / math.log(original_length))
 
 
-def critical_pair(head_dim, theta, original_length):
-    """LongRoPE2 (2502.20082): the first pair, as a real number, that never finishes a turn in training."""
-    return head_dim / 2.0 * math.log(original_length / (2.0 * math.pi), theta)
-
-
 def kept_between_divided(scaled, plain, factor):
     """How many pairs kept their frequency, lie between, and were divided by the whole factor."""
     kept = sum(math.isclose(a, b, rel_tol=1e-12) for a, b in zip(scaled, plain))

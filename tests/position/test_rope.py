@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from irope_jax.core.config import ConfigError
-from irope_jax.position import rope
+from irope_jax.position import rope, scaling
 from tests.oracles import position as oracle
 
 PAIRINGS = ("half", "interleaved")
@@ -35,6 +35,28 @@ def test_phases_stay_right_at_any_position(theta, jit):
     wrong = np.abs(np.remainder(ours - exact + np.pi, 2 * np.pi) - np.pi)
     assert wrong.max() < 4e-6
     assert np.abs(ours).max() <= np.pi * (1 + 1e-6)
+
+
+SCALINGS = [
+    scaling.Linear(16.0),
+    scaling.NTK(16.0),
+    scaling.DynamicNTK(2.0, 8192, step=2**29),
+    scaling.NTKByParts(16.0, 8192),
+    scaling.YaRN(16.0, 8192),
+    scaling.Llama3(16.0, 8192),
+    scaling.LongRoPE(8192, 16.0, tuple(np.linspace(1, 16, 64)), first_tokens=4),
+]
+
+
+@pytest.mark.parametrize("spec", SCALINGS, ids=lambda s: s.kind)
+def test_phases_of_scaled_frequencies_stay_right(spec):
+    frequencies = spec.frequencies(128, 500000.0, 2**31 - 1)
+    positions = np.array(FAR, np.int32)
+    ours = np.asarray(rope.phases(positions, frequencies, lengths=np.full_like(positions, 2**31 - 1)), np.float64)
+    for angle, p in zip(ours, positions):
+        inv_freq = frequencies.first if p < frequencies.first_tokens else frequencies.inv_freq
+        exact = np.array([oracle.phase(p, f) for f in inv_freq])
+        assert np.abs(np.remainder(angle - exact + np.pi, 2 * np.pi) - np.pi).max() < 4e-6
 
 
 def test_a_plain_float32_product_would_fail():

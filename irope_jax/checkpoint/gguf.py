@@ -1,0 +1,188 @@
+"""GGUF files of the Llama family: hyperparameters, dequantised weights and the tokenizer, through the `gguf` library.
+
+llama.cpp turns neighbouring entries of a head together and has the rows of q and k in that order; ours, as those of
+transformers, turn halves. Undoing this is the one thing that no error would tell: without it a model speaks, badly.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from irope_jax.attention.mask import Global
+from irope_jax.checkpoint.hf_names import LLAMA_GGUF, Row
+from irope_jax.checkpoint.hf_weights import read_params
+from irope_jax.checkpoint.native import CheckpointError
+from irope_jax.core.config import ConfigError
+from irope_jax.model.config import LayerSpec, ModelConfig
+from irope_jax.model.feed_forward import SwiGLU
+from irope_jax.position.rotary import RoPE
+from irope_jax.position.scaling import Linear, LongRoPE, RopeScaling, Unscaled, YaRN
+
+log = logging.getLogger(__name__)
+
+FREQUENCY_FACTORS = "rope_freqs.weight"
+"""A tensor by whose entries the frequencies are divided; Llama 3's scaling comes as numbers."""
+
+
+class GgufFile:
+    """One file, opened and its header read.
+
+    Raises:
+      CheckpointError: the library is missing, or it is not a whole GGUF file of a Llama.
+    """
+
+    def __init__(self, path: Path):
+        try:
+            import gguf
+        except ImportError:
+            raise CheckpointError("reading GGUF needs the library gguf: `pip install 'irope-jax[hf]'`") from None
+        self._gguf, self.path = gguf, path
+        try:
+            self._reader = gguf.GGUFReader(path)
+            self._tensors = {str(tensor.name): tensor for tensor in self._reader.tensors}
+        except Exception as error:  # the library raises many kinds for damaged files
+            raise CheckpointError(f"{path}: not a whole GGUF file ({error or type(error).__name__})") from None
+        if (family := self.field("general.architecture")) != "llama":
+            raise CheckpointError(f"{path}: a model of architecture {family!r}; only 'llama' is read")
+
+    def field(self, name: str, default: Any = None) -> Any:
+        """A value of the header."""
+        found = self._reader.fields.get(name)
+        return default if found is None else found.contents()
+
+    def number(self, name: str, default: float | None = None) -> float:
+        value = self.field(f"llama.{name}", default)
+        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+            raise CheckpointError(f"{self.path}: llama.{name} is {value!r}, expected a finite number")
+        return value
+
+    def _whole(self, name: str, default: int | None = None) -> int:
+        value = self.number(name, default)
+        if value != int(value) or value < 1:
+            raise CheckpointError(f"{self.path}: llama.{name} is {value!r}, expected a whole number, 1 or more")
+        return int(value)
+
+    @property
+    def context_length(self) -> int:
+        return self._whole("context_length")
+
+    def model(self) -> ModelConfig:
+        """The model it describes.
+
+        Raises:
+          CheckpointError: numbers that make no model, or a rotation that is not known.
+        """
+        heads, width = self._whole("attention.head_count"), self._whole("embedding_length")
+        head_dim = self._whole("attention.key_length", width // heads)
+        if self._whole("attention.value_length", head_dim) != head_dim:
+            raise CheckpointError(f"{self.path}: keys and values of different width are not supported")
+        turned = self._whole("rope.dimension_count", head_dim)
+        if turned != head_dim:
+            raise CheckpointError(f"{self.path}: turns {turned} of {head_dim} entries; only whole heads are read")
+        if "blk.0.ffn_gate_inp.weight" in self._tensors:
+            raise CheckpointError(f"{self.path}: a mixture of experts; only dense models are read")
+        vocab = self._tensors.get("token_embd.weight")
+        if vocab is None:
+            raise CheckpointError(f"{self.path}: has no token_embd.weight")
+        try:
+            rope = RoPE(float(self.number("rope.freq_base", 10000.0)), self._scaling(head_dim))
+            return ModelConfig(
+                vocab_size=int(vocab.shape[1]),
+                d_model=width,
+                num_layers=self._whole("block_count"),
+                num_heads=heads,
+                num_kv_heads=self._whole("attention.head_count_kv", heads),
+                head_dim=head_dim,
+                pattern=(LayerSpec(rope, Global(), SwiGLU(self._whole("feed_forward_length"))),),
+                output_head="untied" if "output.weight" in self._tensors else "tied",
+                # stored as float32: the shortest number that is the same there
+                norm_eps=float(str(np.float32(self.number("attention.layer_norm_rms_epsilon")))),
+            )
+        except ConfigError as error:
+            raise CheckpointError(f"{self.path}: {error}") from None
+
+    def _scaling(self, head_dim: int) -> RopeScaling:
+        kind = self.field("llama.rope.scaling.type", "none")
+        factor = self.number("rope.scaling.factor", self.number("rope.scale_linear", 1.0))
+        if FREQUENCY_FACTORS in self._tensors:
+            if kind != "none" and factor != 1:
+                raise CheckpointError(f"{self.path}: both {FREQUENCY_FACTORS} and {kind} scaling; only one is read")
+            factors = tuple(float(f) for f in self.tensor(FREQUENCY_FACTORS).reshape(-1))
+            length = self.context_length
+            return LongRoPE(length, 1.0, factors, factors, attention_policy="none")
+        if kind == "none" or factor == 1:
+            return Unscaled()
+        if kind == "linear":
+            return Linear(factor)
+        if kind == "yarn":
+            return YaRN(factor, self._whole("rope.scaling.original_context_length"))
+        raise CheckpointError(f"{self.path}: rope scaling {kind!r} is not known; none, linear and yarn are")
+
+    def tensor(self, name: str) -> np.ndarray:
+        """A tensor, dequantised to float32, axes as llama.cpp's source format (transformers') has them."""
+        found = self._tensors[name]
+        try:
+            values = self._gguf.quants.dequantize(found.data, found.tensor_type)
+            return np.asarray(values, np.float32).reshape([int(size) for size in found.shape[::-1]])
+        except Exception as error:
+            raise CheckpointError(f"{self.path}: cannot read {name!r} ({error or type(error).__name__})") from None
+
+    def params(self, model: ModelConfig, advance: Callable[[], None] = lambda: None) -> dict[str, Any]:
+        """Our parameters; raises `CheckpointError` as `hf_weights.read_params`."""
+
+        def read(name: str, row: Row) -> np.ndarray:
+            found = self.tensor(name)
+            return halves(found, model.head_dim) if row.rotated and found.ndim == 2 else found
+
+        return read_params(
+            LLAMA_GGUF, model, self._tensors, read, idle=(r"rope_freqs\.weight",), where=self.path, advance=advance
+        )
+
+    @property
+    def tensor_count(self) -> int:
+        return len(self._tensors)
+
+    def tokenizer_json(self) -> str | None:
+        """The tokenizer as a Hugging Face `tokenizer.json`; None, with a logged reason, if it is of no known kind."""
+        kind, pre = self.field("tokenizer.ggml.model"), self.field("tokenizer.ggml.pre", "default")
+        if kind != "gpt2" or pre not in _SPLITS:
+            log.warning("%s: its tokenizer (%s, %s) is not read; give the model one of its own", self.path, kind, pre)
+            return None
+        import tokenizers
+        from tokenizers import AddedToken, decoders, models, pre_tokenizers
+
+        tokens, types = self.field("tokenizer.ggml.tokens"), self.field("tokenizer.ggml.token_type")
+        merges = [tuple(merge.split(" ", 1)) for merge in self.field("tokenizer.ggml.merges")]
+        built = tokenizers.Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
+        split = [pre_tokenizers.Digits(individual_digits=True)] if _SPLITS[pre] else []
+        byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+        built.pre_tokenizer = pre_tokenizers.Sequence([*split, byte_level])
+        built.decoder = decoders.ByteLevel()
+        control = int(self._gguf.TokenType.CONTROL)
+        special = [AddedToken(t, special=True, normalized=False) for t, of in zip(tokens, types) if of == control]
+        built.add_special_tokens(special)
+        return built.to_str()
+
+    def special_tokens(self) -> dict[str, str]:
+        """Texts of `bos`, `eos` and `pad`, as far as the header names them."""
+        tokens, found = self.field("tokenizer.ggml.tokens", []), {}
+        for ours, theirs in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+            number = self.field(f"tokenizer.ggml.{theirs}_token_id")
+            if isinstance(number, int) and 0 <= number < len(tokens):
+                found[ours] = tokens[number]
+        return found
+
+
+_SPLITS = {"smollm": True, "gpt-2": False, "default": False}
+"""How text is cut before pairs merge, by `tokenizer.ggml.pre`: whether digits stand alone first."""
+
+
+def halves(w: np.ndarray, head_dim: int) -> np.ndarray:
+    """Rows of q or k `[(heads H), D]` whose pairs are neighbours, with the two of a pair half a head apart."""
+    return w.reshape(-1, head_dim // 2, 2, w.shape[-1]).swapaxes(1, 2).reshape(w.shape)
