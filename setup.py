@@ -14,11 +14,12 @@ extras = {
     "cuda": ["jax[cuda12]"],
     "text": ["tokenizers>=0.20", "pyarrow>=15", "zstandard>=0.22"],
     "plots": ["matplotlib>=3.8"],
-    "hf": ["safetensors>=0.4", "tokenizers>=0.20"],
+    "hf": ["safetensors>=0.4", "gguf>=0.17", "tokenizers>=0.20"],
 }
 # libtpu compiles for TPUs that are only described, so that tests can look at the programs; it exists for this platform.
 libtpu = "libtpu>=0.0.42; sys_platform == 'linux' and platform_machine == 'x86_64'"
-extras["dev"] = sorted({*extras["text"], *extras["plots"], libtpu, "pytest>=8", "pytest-xdist>=3.5", "ruff>=0.6"})
+tools = ["pytest>=8", "pytest-xdist>=3.5", "ruff>=0.6"]
+extras["dev"] = sorted({*extras["text"], *extras["plots"], *extras["hf"], libtpu, *tools})
 
 setup(
     name="irope-jax",
