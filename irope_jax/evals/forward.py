@@ -55,17 +55,18 @@ class Scorer:
 
     def token_losses(self, params: Any, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         """`(nll_BT, correct_BT)` of every target, in nats."""
-        batch = _on_mesh(batch)
+        batch = on_mesh(batch)
         nll_BT, correct_BT = _losses(*self._forward(params, batch), batch.targets)
         return to_host(nll_BT), to_host(correct_BT)
 
     def predictions(self, params: Any, batch: Batch, places_BQ: np.ndarray, wanted_BQ: np.ndarray):
         """Most likely next token at `places_BQ`, and the loss in nats of `wanted_BQ` there."""
-        best_BQ, nll_BQ = _at_places(*self._forward(params, _on_mesh(batch)), places_BQ, wanted_BQ)
+        best_BQ, nll_BQ = _at_places(*self._forward(params, on_mesh(batch)), places_BQ, wanted_BQ)
         return to_host(best_BQ), to_host(nll_BQ)
 
 
-def _on_mesh(batch: Batch) -> Batch:
+def on_mesh(batch: Batch) -> Batch:
+    """A batch that every process holds whole, laid out on the mesh in force."""
     mesh = jax.sharding.get_mesh()
     if mesh.empty or mesh.size == 1:
         return batch

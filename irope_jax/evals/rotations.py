@@ -18,6 +18,7 @@ import optax
 
 from irope_jax.attention.mask import Global
 from irope_jax.core.config import ConfigError
+from irope_jax.core.hosts import to_host
 from irope_jax.core.types import Batch
 from irope_jax.data.documents import tokenized
 from irope_jax.data.packing import batch_of
@@ -25,7 +26,7 @@ from irope_jax.data.pipeline import eval_text
 from irope_jax.data.sources import Corpus, SourceSpec
 from irope_jax.data.text_needle import text_needle
 from irope_jax.data.tokenizer import TokenizerSpec
-from irope_jax.evals.forward import rows_per_batch
+from irope_jax.evals.forward import on_mesh, rows_per_batch
 from irope_jax.losses import chunked_cross_entropy
 from irope_jax.model.config import LayerSpec, ModelConfig
 from irope_jax.model.decoder import PeriodTurns, hidden_states
@@ -201,9 +202,9 @@ class RotationScorer:
         stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *(self.turns(*candidate) for candidate in filled))
         loss_C, weight = np.zeros(self.at_once), 0.0
         for batch in self.documents:
-            sums_C, weights_C = self._sums(params, stacked, batch)
-            loss_C += np.asarray(sums_C, np.float64)
-            weight += float(weights_C[0])
+            sums_C, weights_C = self._sums(params, stacked, on_mesh(batch))
+            loss_C += to_host(sums_C).astype(np.float64)
+            weight += float(to_host(weights_C)[0])
         return [float(loss) for loss in loss_C[: len(candidates)] / weight]
 
 
@@ -247,7 +248,7 @@ def train_factors(
     x_P = jnp.log(jnp.asarray(start, jnp.float32))
     state = optimizer.init(x_P)
     for step in range(spec.steps + 1):
-        found = [gradient(x_P, params, batch) for batch in scorer.documents]
+        found = [gradient(x_P, params, on_mesh(batch)) for batch in scorer.documents]
         loss, weight, slope_P = functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), found)
         yield [float(factor) for factor in bounded(x_P)], float(loss / weight)
         if step < spec.steps:

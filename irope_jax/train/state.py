@@ -81,14 +81,19 @@ def params_from(run_directory: str, config: ModelConfig, mesh: Mesh, shardings: 
     """
     with Checkpoints(run_directory) as source:
         trained = from_dict(ModelConfig, source.meta()["model"], "init_from.model")
-    params, step = load_params(run_directory, trained, mesh)
-    moved = jax.jit(lambda p: restack(p, trained, config), out_shardings=shardings)(params)
-    wanted = jax.eval_shape(lambda: nn.meta.unbox(init_params(config, jax.random.key(0))))
-    for (path, found), want in zip(jax.tree_util.tree_leaves_with_path(moved), jax.tree.leaves(wanted), strict=True):
-        if found.shape != want.shape:
-            name = jax.tree_util.keystr(path, simple=True, separator="/")
+    move = lambda p: restack(p, trained, config)
+    shapes = lambda tree: {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    have = shapes(jax.eval_shape(lambda: move(nn.meta.unbox(init_params(trained, jax.random.key(0))))))
+    want = shapes(jax.eval_shape(lambda: nn.meta.unbox(init_params(config, jax.random.key(0)))))
+    for name in sorted(have.keys() | want.keys()):
+        if have.get(name) != want.get(name):
+            told = [f"shape {shape[name]}" if name in shape else "nothing" for shape in (have, want)]
             raise CheckpointError(
-                f"{run_directory}: {name} has shape {found.shape}, this model needs {want.shape}; "
-                "start from a run with the same widths, or set config.train.init_from=None"
+                f"{run_directory}: has {told[0]} at {name}, this model needs {told[1]}; "
+                "start from a run with the same parameters, or set config.train.init_from=None"
             )
-    return moved, step
+    params, step = load_params(run_directory, trained, mesh)
+    return jax.jit(move, out_shardings=shardings)(params), step

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 
-from irope_jax.checkpoint.native import CheckpointConfig, Checkpoints
+from irope_jax.checkpoint.native import CheckpointConfig, CheckpointError, Checkpoints
 from irope_jax.core.numerics import assert_equal_trees
 from irope_jax.core.records import NullWriter
 from irope_jax.evals.evaluator import Measurement
@@ -136,6 +136,17 @@ def test_init_from_starts_with_the_parameters_of_another_run_and_nothing_else_of
     state, _, _ = saved(tmp_path)
     assert_equal_trees(state["params"], saved(whole[0])[0]["params"])
     assert int(state["step"]) == 1
+
+
+def test_init_from_other_parameters_names_the_first_that_differs(tmp_path, whole):
+    start = ("train.init_from", str(whole[0]))
+    for change, message in (
+        (("model.pattern.1.temperature.kind", "ssmax"), "has nothing at periods/layer_1/attention/temperature"),
+        (("model.head_dim", "10"), r"shape \(1, 16, 2, 8\) at periods/layer_0/attention/key,.* \(1, 16, 2, 10\)"),
+    ):
+        more = [("model.pattern.1.temperature.train_length", "32")] if "ssmax" in change else []
+        with pytest.raises(CheckpointError, match=message):
+            go(tmp_path, start, change, *more)
 
 
 def test_too_many_steps_that_are_not_finite_stop_the_run(tmp_path):
