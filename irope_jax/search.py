@@ -190,13 +190,15 @@ def _write(out: Path, search: RopeSearch, scorer: RotationScorer, found: dict, c
         perplexity = f"{math.exp(nats):.2f}" if nats < 700 else "inf"
         table.add_row(label, f"{nats:.4f}", perplexity, str(candidate.first_tokens))
     Console().print(table)
-    curves = {label: candidate.factors for label, (candidate, _) in found.items()}
-    for path in compare:
-        curves[f"{Path(path).parent.name}/{Path(path).stem}"] = _factors_of(path)
+    curves = {label: candidate.factors for label, (candidate, _) in found.items() if label != name}
+    curves |= {Path(path).parent.name: _factors_of(path) for path in compare}
+    curves[name] = best.factors  # the last one stands out
     critical = critical_pair(scorer.model.head_dim, scorer.rotation.theta, search.original_length)
+    wavelengths = (2 * math.pi / scorer.theta_P).tolist()
+    marks = {"critical_pair": critical, "factor": search.factor, "wavelengths": wavelengths}
     print(f"{name}: {score:.4f} nats with {out / 'factors.json'}, a `scaling` for configs")
     try:
-        print(f"picture: {plot_factors(out / 'factors.png', curves, critical_pair=critical, factor=search.factor)}")
+        print(f"picture: {plot_factors(out / 'factors.png', curves, **marks)}")
     except PlotsMissingError as error:
         log.warning("no picture: %s", error)
 

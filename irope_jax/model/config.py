@@ -189,8 +189,9 @@ def draw_layers(config: ModelConfig) -> str:
     lines = [f"{len(config.layers)} layers = {len(config.layers) // len(period)} x a period of {len(period)}"]
     if not isinstance(config.position_embedding, NoEmbedding):
         lines.append(f"       position embedding: {config.position_embedding}")
-    for i, layer in enumerate(period):
-        position = describe_position(layer.position)
+    positions = [describe_position(layer.position) for layer in period]
+    width = max(18, *map(len, positions))
+    for i, (layer, position) in enumerate(zip(period, positions)):
         match layer.mask:
             case Chunked(size=size, by=by, shift=shift):
                 mask, bar = f"chunks of {size} by {by}" + (f" shifted {shift}" if shift else ""), "[████][████][████]"
@@ -200,5 +201,5 @@ def draw_layers(config: ModelConfig) -> str:
                 mask, bar = "global", "██████████████████"
         extras = [str(layer.temperature)] if not isinstance(layer.temperature, Constant) else []
         extras += [f"qk-norm {layer.qk_norm}"] if layer.qk_norm != "none" else []
-        lines.append(f"  {i:>3}  {bar}  {position:<18} {mask:<28} {layer.ffn}  {'  '.join(extras)}".rstrip())
+        lines.append(f"  {i:>3}  {bar}  {position:<{width}} {mask:<28} {layer.ffn}  {'  '.join(extras)}".rstrip())
     return "\n".join(lines)

@@ -88,7 +88,7 @@ def test_trained_factors_lower_the_loss_and_keep_the_rules(params, scorer):
     assert len(steps) == 9 and losses[0] == pytest.approx(scorer.score(params, [CANDIDATES[1]])[0], abs=1e-5)
     assert min(losses) < losses[0] - 1e-5
     for factors, _ in steps:
-        assert factors == sorted(factors) and 1.0 <= factors[0] and factors[-1] <= 4.0
+        assert factors == sorted(factors) and factors[0] >= 1.0 and factors[-1] <= 4.0
 
 
 def test_only_layers_that_rotate_over_a_global_mask_are_searched():

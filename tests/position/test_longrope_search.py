@@ -64,10 +64,11 @@ def test_every_candidate_ever_scored_keeps_the_rules(seed):
     assert {c.first_tokens for c in seen} != {0}  # searched together with the factors
 
 
-def test_the_first_generation_has_pi_ntk_and_yarn():
+@pytest.mark.parametrize("shape", [SHAPE, (64, 10000.0, 8.0, 2048)])
+def test_the_first_generation_has_pi_ntk_and_yarn(shape):
     spec = Evolution(population=10)
-    named, first = named_candidates(spec, *SHAPE), initial_candidates(spec, *SHAPE)
-    head_dim, theta, factor, length = SHAPE
+    named, first = named_candidates(spec, *shape), initial_candidates(spec, *shape)
+    head_dim, theta, factor, length = shape
     unscaled = oracle.unscaled(head_dim, theta)
     formulas = {
         "pi": oracle.linear(head_dim, theta, factor),
@@ -88,6 +89,9 @@ def test_scores_that_are_not_finite_lose_and_poison_nothing():
     assert math.isfinite(found.score) and found.best.steps[-1] % 2 == 0
     with pytest.raises(SearchError, match="finite loss"):
         search(SMALL, lambda candidates: [math.nan] * len(candidates))
+    # An overflow downwards is no better than one upwards.
+    found = search(SMALL, lambda candidates: [-math.inf if c.first_tokens else 1.0 for c in candidates])
+    assert found.score == 1.0 and found.best.first_tokens == 0
 
 
 def test_the_answer_depends_on_the_seed_and_on_nothing_else():
@@ -96,8 +100,25 @@ def test_the_answer_depends_on_the_seed_and_on_nothing_else():
 
     found = search(SMALL)
     assert found == search(SMALL, one_by_one)
-    other = search(dataclasses.replace(SMALL, seed=7))
-    assert other.history != found.history
+    # Another seed breeds differently from the very same first generation.
+    other = evolve(dataclasses.replace(SMALL, seed=7), initial_candidates(SMALL, *SHAPE), planted, factor=4.0)
+    assert other.history[0] == found.history[0] and other.history != found.history
+
+
+def test_of_equal_scores_the_least_candidate_wins_whatever_the_order():
+    first = initial_candidates(SMALL, *SHAPE)
+    same = [
+        evolve(dataclasses.replace(SMALL, iterations=0), order, lambda c: [1.0] * len(c), factor=4.0).best
+        for order in (first, first[::-1])
+    ]
+    assert same == [min(first)] * 2
+
+
+def test_progress_is_told_after_every_generation():
+    told = []
+    found = search(dataclasses.replace(SMALL, iterations=3), tell=lambda *what: told.append(what))
+    assert [generation for generation, _, _ in told] == [0, 1, 2, 3]
+    assert tuple(score for _, _, score in told) == found.history and told[-1][1] == found.best
 
 
 class Killed(Exception):
@@ -134,6 +155,26 @@ def test_a_search_that_was_cut_off_goes_on_to_the_same_answer(tmp_path, after):
     assert len(scored) == len(set(scored)) == whole.evaluations  # nothing twice, nothing left out
     with SearchLog(path, asked) as journal:
         assert set(journal.known) == set(scored)
+
+
+def test_scores_are_in_the_file_as_soon_as_they_are_added(tmp_path):
+    """Not when it is closed: a kill closes nothing."""
+    path, candidate = tmp_path / "scores.jsonl", Candidate((100, 120), 4)
+    with SearchLog(path, {}) as journal:
+        journal.add([candidate], [1.5])
+        assert json.loads(path.read_text().splitlines()[-1])["score"] == 1.5
+
+
+def test_a_torn_line_leaves_nothing_behind_however_long_it_was(tmp_path):
+    path, candidate = tmp_path / "scores.jsonl", Candidate((100, 120), 4)
+    SearchLog(path, {}).close()
+    with path.open("a") as file:
+        file.write('{"steps": [' + "100, " * 100)
+    with SearchLog(path, {}) as journal:
+        journal.add([candidate], [1.5])
+    with SearchLog(path, {}) as journal:
+        assert journal.known == {candidate: 1.5}
+    assert len(path.read_text().splitlines()) == 2
 
 
 def test_a_log_of_another_search_or_a_damaged_one_is_refused(tmp_path):
