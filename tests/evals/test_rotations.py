@@ -1,4 +1,4 @@
-"""Scores of frequencies: the loss of the model that has them in its config; one compilation; a gradient that goes down."""
+"""Scores of frequencies: the loss of the model that has them in its config; one compilation; gradients that help."""
 
 import dataclasses
 
