@@ -32,7 +32,7 @@ from irope_jax.show import show_verb
 from irope_jax.study.plots import PlotsMissingError
 from irope_jax.study.report import terminal_tables, write_report
 from irope_jax.train.loop import TrainingError, train
-from irope_jax.train.state import load_params
+from irope_jax.train.state import params_for
 from irope_jax.transfer import import_verb
 
 log = logging.getLogger(__name__)
@@ -141,7 +141,7 @@ def eval_verb(args: argparse.Namespace, overrides: Overrides) -> int:
     asked = [fingerprint(experiment), str(directory), args.step, args.only]
     agree("what to evaluate", asked, "start every process with the same command")
     with jax.set_mesh(mesh):
-        params, step = load_params(directory, experiment.model, mesh, args.step)
+        params, step = params_for(directory, trained.model, experiment.model, mesh, args.step)
         # Another mesh measures the same; anything else would put numbers of another model or task into this run.
         values, mark = to_dict(trained), fingerprint(trained)
         as_trained = replace(experiment, mesh=trained.mesh) == trained

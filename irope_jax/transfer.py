@@ -16,14 +16,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
+import jax
+
 from irope_jax.checkpoint.gguf import GgufFile
 from irope_jax.checkpoint.hf_config import context_length, model_from_hf
 from irope_jax.checkpoint.hf_names import LLAMA, LLAMA_IDLE
-from irope_jax.checkpoint.hf_weights import SafetensorsFolder, drop_tied_head, read_json, read_params
+from irope_jax.checkpoint.hf_weights import SafetensorsFolder, read_json, read_params, without_tied_head
 from irope_jax.checkpoint.native import CheckpointError, Checkpoints
 from irope_jax.core.config import ConfigError, fingerprint, override, to_dict
 from irope_jax.core.hosts import configure_logging
-from irope_jax.core.numerics import parameter_count
+from irope_jax.core.numerics import parameter_count, shape_difference
 from irope_jax.core.progress import ProgressBar
 from irope_jax.core.records import RunWriter
 from irope_jax.data.config import DataConfig
@@ -31,6 +34,7 @@ from irope_jax.data.tokenizer import ByteTokenizer, TokenizerFile
 from irope_jax.evals.perplexity import Perplexity
 from irope_jax.experiment import Experiment, resolve
 from irope_jax.model.config import ModelConfig, draw_layers
+from irope_jax.model.decoder import init_params, restack
 from irope_jax.train.loop import TrainConfig
 
 log = logging.getLogger(__name__)
@@ -83,30 +87,46 @@ def _read_folder(folder: Path, quiet: bool) -> Imported:
     except ConfigError as error:
         raise error.within(str(folder / "config.json")) from None
     with SafetensorsFolder(folder) as tensors:
-        names = drop_tied_head(tensors.names, values)
+        names = without_tied_head(tensors, model)
         with ProgressBar("reading", len(names), quiet=quiet) as bar:
             params = read_params(
                 LLAMA, model, names, lambda name, _: tensors[name], idle=LLAMA_IDLE, where=folder, advance=bar.advance
             )
-    tokenizer, special = folder / "tokenizer.json", {}
-    if (folder / "tokenizer_config.json").is_file():
-        given = read_json(folder / "tokenizer_config.json")
-        for name in ("bos", "eos", "pad"):
-            token = given.get(f"{name}_token")
-            token = token.get("content") if isinstance(token, dict) else token
-            special |= {name: token} if isinstance(token, str) else {}
-    text = tokenizer.read_text(encoding="utf-8") if tokenizer.is_file() else None
-    return Imported(model, params, context, text, special)
+    if not (folder / TOKENIZER).is_file():
+        return Imported(model, params, context, None, {})
+    try:
+        text = (folder / TOKENIZER).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder / TOKENIZER}: not a readable text file ({error})") from None
+    return Imported(model, params, context, text, _special_tokens(folder, values))
+
+
+def _special_tokens(folder: Path, values: dict[str, Any]) -> dict[str, str]:
+    """Texts of `bos`, `eos` and `pad`: as tokenizer_config.json names them, else by their ids in config.json."""
+    named = read_json(folder / "tokenizer_config.json") if (folder / "tokenizer_config.json").is_file() else {}
+    added = read_json(folder / TOKENIZER).get("added_tokens")
+    added = [token for token in added if isinstance(token, dict)] if isinstance(added, list) else []
+    found = {}
+    for name in ("bos", "eos", "pad"):
+        token, number = named.get(f"{name}_token"), values.get(f"{name}_token_id")
+        token = token.get("content") if isinstance(token, dict) else token
+        number = number[0] if isinstance(number, list) and number else number
+        if token is None and number is not None:
+            token = next((other.get("content") for other in added if other.get("id") == number), None)
+        if isinstance(token, str):
+            found[name] = token
+    return found
 
 
 def import_verb(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
     configure_logging()
     source, target = Path(args.source), Path(args.target)
-    if target.exists():
+    if os.path.lexists(target):
         raise ConfigError("DST", str(target), "is there already; choose another, or remove it")
     found = read_source(source)
     with _in_full(target) as folder:
         experiment = _experiment(found, source, target.name, folder, overrides)
+        params = _params_for(experiment.model, found)
         values = to_dict(experiment)
         if found.tokenizer is not None:
             values["data"]["tokenizer"]["path"] = str(target.absolute() / TOKENIZER)
@@ -115,7 +135,7 @@ def import_verb(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> i
             writer.event(0, "imported", source=str(source))
         with Checkpoints(folder, experiment.checkpoint, create=True) as checkpoints:
             meta = {"fingerprint": mark, "config": values, "model": values["model"], "imported_from": str(source)}
-            checkpoints.save(0, {"params": found.params}, {}, meta)
+            checkpoints.save(0, {"params": params}, {}, meta)
     print(draw_layers(experiment.model))
     print(f"{parameter_count(found.params):,} parameters, {found.context:,} tokens of context: {target}")
     print(f"next: irope eval {target}   or train.init_from={str(target)!r} in a config")
@@ -129,7 +149,9 @@ def _experiment(
     tokenizer = ByteTokenizer()
     if found.tokenizer is not None:
         (folder / TOKENIZER).write_text(found.tokenizer, encoding="utf-8")
-        tokenizer = TokenizerFile(str(folder / TOKENIZER), **found.special).pinned()
+        # Padding counts nowhere: any token will do where none is named, and a new id may be one too many for the model.
+        pad = found.special.get("pad") or found.special.get("eos", "")
+        tokenizer = TokenizerFile(str(folder / TOKENIZER), **(found.special | {"pad": pad})).pinned()
     else:
         log.warning("%s has no tokenizer that is read; text is taken as bytes, which it was not trained on", source)
     if tokenizer.vocab_size > found.model.vocab_size:
@@ -147,11 +169,32 @@ def _experiment(
     return resolve(override(base, overrides) if overrides else base)
 
 
+def _params_for(model: ModelConfig, found: Imported) -> Any:
+    """What was read, stacked for the config as it was changed.
+
+    Raises:
+      ConfigError: the changed model has other parameters.
+    """
+    try:
+        params = restack(found.params, found.model, model)
+    except ConfigError as error:
+        raise error.within("config.model") from None
+    wanted = jax.eval_shape(lambda: nn.meta.unbox(init_params(model, jax.random.key(0))))
+    if differs := shape_difference(params, wanted):
+        name, has, needs = differs
+        fix = f"the source has {has} at {name}, the changed model needs {needs}"
+        raise ConfigError("config.model", ConfigError.ABSENT, fix)
+    return params
+
+
 @contextlib.contextmanager
 def _in_full(target: Path) -> Iterator[Path]:
     """A folder to write in, which becomes `target` if all goes well and vanishes otherwise."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    except OSError as error:
+        raise ConfigError("DST", str(target), f"no folder can be made there ({error.strerror})") from None
     try:
         yield folder
         os.chmod(folder, 0o755)  # temporary folders are made for their owner alone

@@ -181,3 +181,12 @@ def test_a_damaged_checkpoint_is_one_clear_error(capfd, copy, config, file):
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     arguments = ["train", config, f"--run-dir={copy}", "--config.train.steps=7", "--on-config-change=accept"]
     last_line_is_the_error(*irope(capfd, *arguments)[::2], str(copy / "checkpoints" / "6"), "delete the directory")
+
+
+def test_other_layers_of_the_same_parameters_are_evaluated(whole, capfd):
+    """One kind of layer instead of two, so the parameters are stacked otherwise; other widths are refused."""
+    one = "{'position': {'kind': 'rope'}, 'mask': {'kind': 'global'}, 'ffn': {'kind': 'swiglu', 'hidden_dim': 16}}"
+    code, out, _ = irope(capfd, "eval", whole, f"--config.model.pattern=({one},)", "--only=perplexity")
+    assert code == 0 and "nll_by_length" in out
+    code, _, err = irope(capfd, "eval", whole, f"--config.model.pattern=({one},)", "--config.model.d_model=18")
+    last_line_is_the_error(code, err, "has shape", "this model needs shape")

@@ -10,8 +10,7 @@ from irope_jax import cli
 from irope_jax.core.numerics import assert_equal_trees
 from irope_jax.experiment import resolve, run_config
 from irope_jax.sharding.mesh import MeshConfig, make_mesh
-from irope_jax.train.optimizer import make_optimizer
-from irope_jax.train.state import load_params, params_from, state_shardings
+from irope_jax.train.state import load_params, params_from
 from irope_jax.transfer import read_source
 from tests.checkpoint.test_gguf import TOKENS, write
 from tests.checkpoint.test_hf_weights import CONFIG, folder, tensors
@@ -39,8 +38,7 @@ def test_an_imported_model_is_a_run_directory(tmp_path, capfd, monkeypatch):
     params, step = load_params(dst, experiment.model, mesh)
     assert step == 0
     assert_equal_trees(params, read_source(src, quiet=True).params)
-    _, shardings = state_shardings(experiment.model, make_optimizer(experiment.train.optimizer, 1), mesh)
-    started, _ = params_from(str(dst), experiment.model, mesh, shardings.params)
+    started, _ = params_from(str(dst), experiment.model, mesh)
     assert_equal_trees(started, params)
     monkeypatch.chdir(tmp_path)
     assert cli.main(["eval", str(dst)]) == 0
@@ -53,16 +51,46 @@ def test_a_gguf_model_brings_its_tokenizer(tmp_path, capfd):
         weights[name] = rng.standard_normal((len(TOKENS), 12)).astype(np.float32)
     dst = tmp_path / "model"
     change = "--config.model.pattern.0.position.scaling={'kind': 'ntk', 'factor': 2.0}"
-    # the pad token, which the header does not name, gets an id past the vocabulary: one more than the model has
-    assert cli.main(["import", str(write(tmp_path / "m.gguf", weights)), str(dst)]) == 2
-    assert "vocab_size=" in capfd.readouterr().err and not dst.exists()
-    path = write(tmp_path / "n.gguf", weights, extra=[("add_pad_token_id", 1)])
+    path = write(tmp_path / "m.gguf", weights)
     assert cli.main(["import", str(path), str(dst), change]) == 0
     experiment = resolve(run_config(dst))
     assert experiment.model.pattern[0].position.scaling.kind == "ntk"
     assert experiment.data.tokenizer.path == str(dst.absolute() / "tokenizer.json")
     assert experiment.data.tokenizer.encode("the 4").tolist() == [TOKENS.index(t) for t in ("the", "Ġ", "4")]
     assert (experiment.data.tokenizer.bos_id, experiment.data.tokenizer.eos_id) == (0, 1)
+    # the header names no pad: an id of its own would be one more than the model has
+    assert experiment.data.tokenizer.pad_id == 1 and experiment.data.tokenizer.vocab_size == len(TOKENS)
+
+
+def test_special_tokens_are_named_by_text_or_by_number(tmp_path):
+    """As most of the family: no pad, and perhaps only the numbers of config.json."""
+    config = CONFIG | {"bos_token_id": 0, "eos_token_id": [1, 5]}
+    src = folder(tmp_path / "hf", config=config)
+    added = [{"id": 0, "content": "<s>"}, {"id": 1, "content": "</s>"}, {"id": 2, "content": "<eot>"}]
+    (src / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))
+    assert read_source(src, quiet=True).special == {"bos": "<s>", "eos": "</s>"}
+    named = {"bos_token": None, "eos_token": {"content": "<eot>"}, "pad_token": None}
+    (src / "tokenizer_config.json").write_text(json.dumps(named))
+    assert read_source(src, quiet=True).special == {"bos": "<s>", "eos": "<eot>"}
+
+
+def test_layers_may_be_changed_on_the_way_and_widths_may_not(tmp_path, capfd):
+    src, plain, dst = source(tmp_path / "hf"), tmp_path / "plain", tmp_path / "irope"
+    few = "--config.evals.0.tokens=64"
+    for change, message in (("d_model=24", "at embedding, the changed model needs"), ("num_layers=4", "with 2 layers")):
+        capfd.readouterr()
+        assert cli.main(["import", str(src), str(plain), f"--config.model.{change}"]) == 2
+        assert message in capfd.readouterr().err.strip().splitlines()[-1] and not plain.exists()
+    ffn = dict(kind="swiglu", hidden_dim=CONFIG["intermediate_size"])
+    local = dict(position=dict(kind="rope"), mask=dict(kind="chunked", size=8), ffn=ffn)
+    layers = [local, dict(position=dict(kind="nope"), mask=dict(kind="global"), ffn=ffn)]
+    assert cli.main(["import", str(src), str(plain), few]) == 0
+    assert cli.main(["import", str(src), str(dst), few, f"--config.model.pattern={layers}"]) == 0
+    experiment, mesh = resolve(run_config(dst)), make_mesh(MeshConfig())
+    params, _ = load_params(dst, experiment.model, mesh)
+    assert set(params["periods"]) == {"layer_0", "layer_1"}
+    assert_equal_trees(params, params_from(str(plain), experiment.model, mesh)[0])
+    assert cli.main(["eval", str(dst)]) == 0
 
 
 def test_what_fails_leaves_nothing(tmp_path, capfd):
@@ -84,6 +112,15 @@ def test_what_fails_leaves_nothing(tmp_path, capfd):
         assert cli.main(["import", str(path), str(dst)]) == code
         assert message in capfd.readouterr().err.strip().splitlines()[-1]
         assert not dst.exists() and not (dst.parent.exists() and list(dst.parent.iterdir()))
+    (src / "tokenizer.json").write_bytes(b"\xff\xfe")
+    assert cli.main(["import", str(src), str(dst)]) == 1
+    assert "tokenizer.json: not a readable text file" in capfd.readouterr().err
+    (src / "tokenizer.json").unlink()
+    assert cli.main(["import", str(src), str(src / "config.json" / "model")]) == 2
+    assert "no folder can be made there" in capfd.readouterr().err
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    assert cli.main(["import", str(src), str(tmp_path / "link")]) == 2
+    assert "is there already" in capfd.readouterr().err
     dst.mkdir(parents=True)
     assert cli.main(["import", str(src), str(dst)]) == 2
     assert "is there already" in capfd.readouterr().err

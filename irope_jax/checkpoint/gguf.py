@@ -26,6 +26,25 @@ from irope_jax.position.scaling import Linear, LongRoPE, RopeScaling, Unscaled, 
 
 log = logging.getLogger(__name__)
 
+_READ = (
+    "context_length", "embedding_length", "block_count", "feed_forward_length", "vocab_size", "attention.head_count",
+    "attention.head_count_kv", "attention.key_length", "attention.value_length", "attention.layer_norm_rms_epsilon",
+    "rope.dimension_count", "rope.freq_base", "rope.scaling.type", "rope.scaling.factor", "rope.scale_linear",
+    "rope.scaling.original_context_length", "rope.scaling.finetuned", "tensor_data_layout",
+)  # fmt: skip
+"""Keys below `llama.` that are read, or that change no number: a label, and the vocabulary that a tensor shows."""
+
+_MUST_BE = {
+    "expert_count": 0,
+    "expert_used_count": 0,
+    "attention.causal": True,
+    "attention.sliding_window": 0,
+    "rope.scaling.attn_factor": 1,
+    "rope.scaling.yarn_beta_fast": 32,
+    "rope.scaling.yarn_beta_slow": 1,
+}
+"""Keys that must have this value where they are given; what is in neither table is refused."""
+
 FREQUENCY_FACTORS = "rope_freqs.weight"
 """A tensor by whose entries the frequencies are divided; Llama 3's scaling comes as numbers."""
 
@@ -50,6 +69,14 @@ class GgufFile:
             raise CheckpointError(f"{path}: not a whole GGUF file ({error or type(error).__name__})") from None
         if (family := self.field("general.architecture")) != "llama":
             raise CheckpointError(f"{path}: a model of architecture {family!r}; only 'llama' is read")
+        for name in self._reader.fields:
+            key = name.removeprefix("llama.")
+            if key == name or key in _READ:
+                continue
+            if key not in _MUST_BE:
+                raise CheckpointError(f"{path}: {name} is {self.field(name)!r}, a key whose meaning is not known here")
+            if self.field(name) != _MUST_BE[key]:
+                raise CheckpointError(f"{path}: {name} is {self.field(name)!r}; only {_MUST_BE[key]!r} is supported")
 
     def field(self, name: str, default: Any = None) -> Any:
         """A value of the header."""
@@ -88,8 +115,8 @@ class GgufFile:
         if "blk.0.ffn_gate_inp.weight" in self._tensors:
             raise CheckpointError(f"{self.path}: a mixture of experts; only dense models are read")
         vocab = self._tensors.get("token_embd.weight")
-        if vocab is None:
-            raise CheckpointError(f"{self.path}: has no token_embd.weight")
+        if vocab is None or len(vocab.shape) != 2:
+            raise CheckpointError(f"{self.path}: has no matrix token_embd.weight")
         try:
             rope = RoPE(float(self.number("rope.freq_base", 10000.0)), self._scaling(head_dim))
             return ModelConfig(
@@ -108,8 +135,11 @@ class GgufFile:
             raise CheckpointError(f"{self.path}: {error}") from None
 
     def _scaling(self, head_dim: int) -> RopeScaling:
-        kind = self.field("llama.rope.scaling.type", "none")
-        factor = self.number("rope.scaling.factor", self.number("rope.scale_linear", 1.0))
+        # llama.cpp: a factor without a type (old files have only rope.scale_linear) is linear, and 0 says nothing
+        kind = self.field("llama.rope.scaling.type", "linear")
+        factor = self.number("rope.scaling.factor", self.number("rope.scale_linear", 0)) or 1.0
+        if kind not in ("none", "linear", "yarn"):
+            raise CheckpointError(f"{self.path}: rope scaling {kind!r} is not known; none, linear and yarn are")
         if FREQUENCY_FACTORS in self._tensors:
             if kind != "none" and factor != 1:
                 raise CheckpointError(f"{self.path}: both {FREQUENCY_FACTORS} and {kind} scaling; only one is read")
@@ -120,9 +150,7 @@ class GgufFile:
             return Unscaled()
         if kind == "linear":
             return Linear(factor)
-        if kind == "yarn":
-            return YaRN(factor, self._whole("rope.scaling.original_context_length"))
-        raise CheckpointError(f"{self.path}: rope scaling {kind!r} is not known; none, linear and yarn are")
+        return YaRN(factor, self._whole("rope.scaling.original_context_length"))
 
     def tensor(self, name: str) -> np.ndarray:
         """A tensor, dequantised to float32, axes as llama.cpp's source format (transformers') has them."""
@@ -149,18 +177,33 @@ class GgufFile:
         return len(self._tensors)
 
     def tokenizer_json(self) -> str | None:
-        """The tokenizer as a Hugging Face `tokenizer.json`; None, with a logged reason, if it is of no known kind."""
-        kind, pre = self.field("tokenizer.ggml.model"), self.field("tokenizer.ggml.pre", "default")
+        """The tokenizer as a Hugging Face `tokenizer.json`; None, with a logged reason, if it is of no known kind.
+
+        Raises:
+          CheckpointError: of a known kind, but damaged.
+        """
+        kind, pre = self.field("tokenizer.ggml.model"), self.field("tokenizer.ggml.pre")
         if kind != "gpt2" or pre not in _SPLITS:
             log.warning("%s: its tokenizer (%s, %s) is not read; give the model one of its own", self.path, kind, pre)
             return None
+        try:
+            return self._byte_level_bpe(digits_alone=_SPLITS[pre])
+        except Exception as error:  # the library raises bare Exception
+            raise CheckpointError(f"{self.path}: its tokenizer cannot be built ({error})") from None
+
+    def _byte_level_bpe(self, digits_alone: bool) -> str:
         import tokenizers
         from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-        tokens, types = self.field("tokenizer.ggml.tokens"), self.field("tokenizer.ggml.token_type")
-        merges = [tuple(merge.split(" ", 1)) for merge in self.field("tokenizer.ggml.merges")]
+        lists = {name: self.field(f"tokenizer.ggml.{name}") for name in ("tokens", "token_type", "merges")}
+        if absent := [name for name, found in lists.items() if not isinstance(found, list)]:
+            raise ValueError(f"no {absent[0]}")
+        tokens, types, merges = lists.values()
+        if len(set(tokens)) != len(tokens) or len(types) != len(tokens):
+            raise ValueError("tokens are there twice, or not each has a type")
+        merges = [tuple(merge.split(" ", 1)) for merge in merges]
         built = tokenizers.Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
-        split = [pre_tokenizers.Digits(individual_digits=True)] if _SPLITS[pre] else []
+        split = [pre_tokenizers.Digits(individual_digits=True)] if digits_alone else []
         byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
         built.pre_tokenizer = pre_tokenizers.Sequence([*split, byte_level])
         built.decoder = decoders.ByteLevel()
@@ -179,8 +222,9 @@ class GgufFile:
         return found
 
 
-_SPLITS = {"smollm": True, "gpt-2": False, "default": False}
-"""How text is cut before pairs merge, by `tokenizer.ggml.pre`: whether digits stand alone first."""
+_SPLITS = {"smollm": True, "gpt-2": False}
+"""How text is cut before pairs merge, by `tokenizer.ggml.pre`: whether digits stand alone first. Files without it, or
+with `default`, may be of any tokenizer: their ids would be a guess."""
 
 
 def halves(w: np.ndarray, head_dim: int) -> np.ndarray:

@@ -31,6 +31,12 @@ _MUST_BE = {
 }
 """Keys that must have one of these values where they are given."""
 
+_ABSENT = {
+    "llama": {"max_position_embeddings": 2048},
+    "mistral": {"max_position_embeddings": 131_072, "num_key_value_heads": 8, "sliding_window": 4096},
+}
+"""What transformers 5 takes for a key that is not there, as far as it is not what is taken here anyway."""
+
 _READ = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim",
     "intermediate_size", "rms_norm_eps", "tie_word_embeddings", "max_position_embeddings",
@@ -56,15 +62,18 @@ def model_from_hf(values: Mapping[str, Any]) -> ModelConfig:
     family = values.get("model_type")
     if family not in FAMILIES:
         raise ConfigError("model_type", family, f"this family is not read; {nearest(str(family), FAMILIES)}")
+    given, values = values, _ABSENT[family] | {**values}
     for key, allowed in _MUST_BE.items():
         if key in values and values[key] not in allowed:
-            raise ConfigError(key, values[key], f"is not supported; only {' or '.join(map(repr, allowed))}")
+            why = "is not supported" if key in given else "is what transformers takes for a key that is not there"
+            raise ConfigError(key, values[key], f"{why}; only {' or '.join(map(repr, allowed))}")
     for key, value in values.items():
         if key not in _READ and key not in _IDLE and key not in _MUST_BE:
             raise ConfigError(key, value, "not a key whose meaning is known here; remove it if it changes no number")
     if values.get("rope_interleaved"):
         raise ConfigError("rope_interleaved", True, "is not supported; only False")
-    if any(kind != "full_attention" for kind in values.get("layer_types") or ()):
+    kinds = values.get("layer_types") or []
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
         raise ConfigError("layer_types", values["layer_types"], "only 'full_attention' is supported")
     size = lambda key, default=None: _whole(values, key, default)
     heads, width = size("num_attention_heads"), size("hidden_size")
@@ -79,7 +88,11 @@ def model_from_hf(values: Mapping[str, Any]) -> ModelConfig:
     tied = values.get("tie_word_embeddings", False)
     if not isinstance(tied, bool):
         raise ConfigError("tie_word_embeddings", tied, "expected true or false")
-    layer = LayerSpec(rope_from_hf(values), Global(), SwiGLU(size("intermediate_size")))
+    rope = rope_from_hf(values)
+    if rope.fraction != 1:
+        fix = "transformers' Llama has no partial rotation: it ignores the key or fails on it; only 1"
+        raise ConfigError("partial_rotary_factor", rope.fraction, fix)
+    layer = LayerSpec(rope, Global(), SwiGLU(size("intermediate_size")))
     return ModelConfig(
         vocab_size=size("vocab_size"),
         d_model=width,
@@ -94,8 +107,8 @@ def model_from_hf(values: Mapping[str, Any]) -> ModelConfig:
 
 
 def context_length(values: Mapping[str, Any]) -> int:
-    """Tokens the model says it reads."""
-    return _whole(values, "max_position_embeddings", 2048)
+    """Tokens the model says it reads; of a config that `model_from_hf` reads."""
+    return _whole(_ABSENT[values["model_type"]] | {**values}, "max_position_embeddings")
 
 
 def _whole(values: Mapping[str, Any], key: str, default: int | None = None) -> int:

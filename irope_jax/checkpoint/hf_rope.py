@@ -45,14 +45,14 @@ def rope_from_hf(values: Mapping[str, Any]) -> RoPE:
     Raises:
       ConfigError: a method or a key that is not known, or numbers that make no sense; names the field.
     """
-    given = values.get("rope_parameters")
-    if given is None:
-        given = values.get("rope_scaling") or {}
-    name = "rope_parameters" if values.get("rope_parameters") is not None else "rope_scaling"
+    old, new = values.get("rope_scaling"), values.get("rope_parameters")
+    if old and new and old != new:
+        raise ConfigError("rope_scaling", old, "rope_parameters beside it say something else; keep one of the two")
+    name, given = ("rope_parameters", new) if new else ("rope_scaling", old or {})
     if not isinstance(given, Mapping) or any(isinstance(value, Mapping) for value in given.values()):
         raise ConfigError(name, given, "expected one set of parameters for all layers")
     kind = given.get("rope_type", given.get("type", "default"))
-    if kind not in _KNOWN:
+    if not isinstance(kind, str) or kind not in _KNOWN:
         raise ConfigError(f"{name}.rope_type", kind, f"not a method that is known; {nearest(str(kind), _KNOWN)}")
     common = ("rope_type", "type", "rope_theta", "partial_rotary_factor")
     for key, value in given.items():
@@ -66,7 +66,8 @@ def rope_from_hf(values: Mapping[str, Any]) -> RoPE:
         scaling = _SCALINGS[kind](read)
         return RoPE(theta, scaling, fraction=fraction, part="prefix" if fraction < 1 else "proportional")
     except ConfigError as error:
-        raise error if error.field.startswith(name) else error.within(name) from None
+        of_config = error.field.split(".")[0] in (name, "max_position_embeddings", "original_max_position_embeddings")
+        raise error if of_config else error.within(name) from None
 
 
 class _Reader:
@@ -78,31 +79,33 @@ class _Reader:
     def number(self, key: str, default: Any = None) -> float:
         value = self.given.get(key)
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        number = _finite(value)
+        if number is None:
             raise ConfigError(f"{self.name}.{key}", value, "expected a finite number")
-        return float(value)
+        return number
 
     def optional(self, key: str) -> float | None:
         return None if self.given.get(key) is None else self.number(key)
 
     def numbers(self, key: str) -> tuple[float, ...]:
         values = self.given.get(key)
-        if not isinstance(values, list) or not all(type(v) in (int, float) for v in values):
-            raise ConfigError(f"{self.name}.{key}", values, "expected a list of numbers, one per pair")
-        return tuple(map(float, values))
+        numbers = [_finite(value) for value in values] if isinstance(values, list) else []
+        if not numbers or None in numbers:
+            raise ConfigError(f"{self.name}.{key}", values, "expected a list of finite numbers, one per pair")
+        return tuple(numbers)
 
     def length(self, key: str = "max_position_embeddings") -> int:
-        value = self.values.get(key)
-        if type(value) is not int or value < 2:
-            raise ConfigError(key, value, "expected a length in tokens, 2 or more")
-        return value
+        return _tokens(key, self.values.get(key))
 
     @property
     def original_length(self) -> int:
         """A key beside the parameters goes before the one among them, as in transformers; then the whole context."""
         if self.values.get("original_max_position_embeddings") is not None:
             return self.length("original_max_position_embeddings")
-        return int(self.number("original_max_position_embeddings", self.values.get("max_position_embeddings")))
+        key = "original_max_position_embeddings"
+        if self.given.get(key) is None:
+            return self.length()
+        return _tokens(f"{self.name}.{key}", self.given[key])
 
     @property
     def factor(self) -> float:
@@ -110,6 +113,23 @@ class _Reader:
         if self.given.get("factor") is None:
             return self.length() / self.original_length
         return self.number("factor")
+
+
+def _finite(value: Any) -> float | None:
+    """A number of a JSON file as float; None for anything else, and for what no float can hold."""
+    if type(value) not in (int, float):
+        return None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:
+        return None
+
+
+def _tokens(field: str, value: Any) -> int:
+    number = _finite(value)
+    if number is None or not number.is_integer() or not 2 <= number < 2**31:
+        raise ConfigError(field, value, "expected a length in tokens, 2 or more")
+    return int(number)
 
 
 def _yarn(read: _Reader) -> YaRN:
@@ -163,7 +183,7 @@ def rope_to_hf(rope: RoPE, head_dim: int) -> dict[str, Any]:
         fix = "Llama of transformers pairs by halves; permute q and k and use 'half'"
         raise ConfigError("pairing", rope.pairing, fix)
     if rope.fraction < 1 and rope.part == "proportional":
-        fix = "Llama of transformers turns whole heads or a prefix; it would turn what should stand still"
+        fix = "transformers' partial_rotary_factor turns a prefix; it would turn what should stand still"
         raise ConfigError("fraction", rope.fraction, fix)
     parameters: dict[str, Any] = {"rope_type": "default", "rope_theta": rope.theta}
     if rope.fraction < 1:
@@ -177,7 +197,7 @@ def rope_to_hf(rope: RoPE, head_dim: int) -> dict[str, Any]:
             parameters |= {"rope_type": "linear", "factor": factor}
         case NTK(factor):
             width = int(rope.fraction * head_dim)
-            theta = rope.theta * factor ** (width / (width - 2))
+            theta = rope.theta * (factor ** (width / (width - 2)) if width > 2 else 1)  # a lone pair stays
             raise ConfigError("scaling.kind", "ntk", f"is no method there; say it by theta={theta!r}, unscaled")
         case DynamicNTK(factor, original_length, step):
             if step != 1:
@@ -193,9 +213,6 @@ def rope_to_hf(rope: RoPE, head_dim: int) -> dict[str, Any]:
             parameters |= {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow, "truncate": scaling.truncate}
             parameters["original_max_position_embeddings"] = scaling.original_length
         case Llama3(factor, original_length, low, high):
-            if low == high:
-                fix = "transformers divides by the difference of the two; no hard step can be said"
-                raise ConfigError("scaling.high_freq_factor", high, fix)
             parameters |= {"rope_type": "llama3", "factor": factor, "low_freq_factor": low, "high_freq_factor": high}
             parameters["original_max_position_embeddings"] = original_length
         case LongRoPE():

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +123,8 @@ def read_params(
       advance: called after each tensor.
 
     Raises:
-      CheckpointError: tensors that are missing, not known, of another shape or not finite; all unknown ones are listed.
+      CheckpointError: tensors that are missing, not known, of another shape, of whole numbers or not finite; all
+        unknown ones are listed.
     """
     if len(model.period) != 1:
         raise CheckpointError(f"{where}: a period of {len(model.period)} layers; the table is of one kind of layer")
@@ -144,6 +145,8 @@ def read_params(
         if found.shape != row.source_shape(model):
             want = row.source_shape(model)
             raise CheckpointError(f"{where}: {name} has shape {list(found.shape)}, the config asks for {list(want)}")
+        if found.dtype.kind in "iub":
+            raise CheckpointError(f"{where}: {name} holds {found.dtype} numbers; quantised weights are not read")
         if not np.isfinite(found.astype(np.float32, copy=False)).all():
             raise CheckpointError(f"{where}: {name} holds values that are not finite")
         ours = row.read(found, model)
@@ -168,6 +171,18 @@ def _bfloat16() -> np.dtype:
     return np.dtype(ml_dtypes.bfloat16)
 
 
-def drop_tied_head(names: Iterable[str], values: Mapping[str, Any]) -> list[str]:
-    """Names without the output matrix where the config says that the embedding is used again."""
-    return [n for n in names if n != "lm_head.weight" or not values.get("tie_word_embeddings", False)]
+def without_tied_head(tensors: SafetensorsFolder, model: ModelConfig) -> list[str]:
+    """Names of the tensors; a tied model's output matrix, which some files hold a second time, is left out.
+
+    Raises:
+      CheckpointError: it is not the embedding. transformers 4 ties the two all the same, 5 uses both.
+    """
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if model.output_head == "untied" or head not in tensors.names:
+        return tensors.names
+    if embedding in tensors.names and not np.array_equal(tensors[head], tensors[embedding]):
+        raise CheckpointError(
+            f"{tensors.folder}: {head} is not {embedding}, as tie_word_embeddings of config.json says; "
+            f"set that to false if both are trained, or remove {head}"
+        )
+    return [name for name in tensors.names if name != head]

@@ -92,6 +92,18 @@ def assert_equal_trees(actual: Any, expected: Any, *, what: str = "") -> None:
         _fail(what, failures[0][0], [path for _, path in failures[1:]])
 
 
+def shape_difference(have: Any, want: Any) -> tuple[str, str, str] | None:
+    """`(name, had, wanted)` of the first leaf that differs in shape or is in one tree only; None if there is none."""
+    have, want = (
+        {jax.tree_util.keystr(path, simple=True, separator="/"): f"shape {tuple(leaf.shape)}" for path, leaf in leaves}
+        for leaves in map(jax.tree_util.tree_leaves_with_path, (have, want))
+    )
+    for name in sorted(have.keys() | want.keys()):
+        if have.get(name) != want.get(name):
+            return name, have.get(name, "nothing"), want.get(name, "nothing")
+    return None
+
+
 @dataclass(frozen=True)
 class TreeSize:
     """Number of values and bytes of a tree of arrays."""

@@ -128,7 +128,7 @@ def train(
         else:
             state = init_state(model, optimizer, device_mesh, seed)
             if config.init_from is not None:
-                params, step = params_from(config.init_from, model, device_mesh, shardings.params)
+                params, step = params_from(config.init_from, model, device_mesh)
                 log.info("parameters from %s, step %d", config.init_from, step)
                 state = state.replace(params=params)
         start = int(state.step)

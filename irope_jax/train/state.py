@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 
 from irope_jax.checkpoint.native import CheckpointError, Checkpoints
 from irope_jax.core.config import from_dict
+from irope_jax.core.numerics import shape_difference
 from irope_jax.model.config import ModelConfig
 from irope_jax.model.decoder import init_params, restack
 from irope_jax.sharding.rules import tree_shardings
@@ -72,28 +73,32 @@ def load_params(run_directory: str | Path, config: ModelConfig, mesh: Mesh, step
         return source.restore_params(nn.meta.unbox(boxed), tree_shardings(boxed, mesh), step), step
 
 
-def params_from(run_directory: str, config: ModelConfig, mesh: Mesh, shardings: Any) -> tuple[Any, int]:
-    """`(params, step)`: the newest parameters of another run, restacked for `config` and laid out by `shardings`.
+def params_for(
+    run_directory: str | Path, trained: ModelConfig, config: ModelConfig, mesh: Mesh, step: int | None = None
+) -> tuple[Any, int]:
+    """`load_params` of a model that was trained, for a model of other layers: each weight stays with its layer.
 
     Raises:
-      CheckpointError: nothing there, or parameters of other shapes.
+      CheckpointError: nothing there, or the two do not have the same parameters; names the first that differs.
       ConfigError: another number of layers.
     """
+    move = lambda p: restack(p, trained, config)
+    boxed = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    have = jax.eval_shape(lambda: move(nn.meta.unbox(init_params(trained, jax.random.key(0)))))
+    if differs := shape_difference(have, nn.meta.unbox(boxed)):
+        name, has, needs = differs
+        raise CheckpointError(
+            f"{run_directory}: has {has} at {name}, this model needs {needs}; "
+            "use a run with the same parameters, or the model it was trained with"
+        )
+    params, step = load_params(run_directory, trained, mesh, step)
+    if len(trained.period) == len(config.period):
+        return params, step
+    return jax.jit(move, out_shardings=tree_shardings(boxed, mesh))(params), step
+
+
+def params_from(run_directory: str, config: ModelConfig, mesh: Mesh) -> tuple[Any, int]:
+    """`params_for` of whatever model a run says it trained: its newest parameters, to start `config` from."""
     with Checkpoints(run_directory) as source:
         trained = from_dict(ModelConfig, source.meta()["model"], "init_from.model")
-    move = lambda p: restack(p, trained, config)
-    shapes = lambda tree: {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-    have = shapes(jax.eval_shape(lambda: move(nn.meta.unbox(init_params(trained, jax.random.key(0))))))
-    want = shapes(jax.eval_shape(lambda: nn.meta.unbox(init_params(config, jax.random.key(0)))))
-    for name in sorted(have.keys() | want.keys()):
-        if have.get(name) != want.get(name):
-            told = [f"shape {shape[name]}" if name in shape else "nothing" for shape in (have, want)]
-            raise CheckpointError(
-                f"{run_directory}: has {told[0]} at {name}, this model needs {told[1]}; "
-                "start from a run with the same parameters, or set config.train.init_from=None"
-            )
-    params, step = load_params(run_directory, trained, mesh)
-    return jax.jit(move, out_shardings=shardings)(params), step
+    return params_for(run_directory, trained, config, mesh)

@@ -12,7 +12,7 @@ from irope_jax.checkpoint.native import CheckpointError
 from irope_jax.core.numerics import assert_equal_trees
 from irope_jax.core.types import TokenInfo
 from irope_jax.model.decoder import logits
-from irope_jax.position.scaling import Linear, LongRoPE, YaRN
+from irope_jax.position.scaling import Linear, LongRoPE, Unscaled, YaRN
 from irope_jax.transfer import read_source
 from tests.checkpoint.test_hf_weights import CONFIG, MODEL, folder, tensors
 
@@ -40,8 +40,8 @@ def write(path, weights, *, permute=True, quantise=(), extra=(), arch="llama", t
     file.add_rope_dimension_count(8)
     file.add_layer_norm_rms_eps(1e-5)
     file.add_rope_freq_base(10000.0)
-    for add, value in extra:
-        getattr(file, add)(value)
+    for add, *values in extra:
+        getattr(file, add)(*values)
     if tokens:
         file.add_tokenizer_model("gpt2")
         file.add_tokenizer_pre("smollm")
@@ -66,6 +66,12 @@ def write(path, weights, *, permute=True, quantise=(), extra=(), arch="llama", t
     file.write_tensors_to_file()
     file.close()
     return path
+
+
+def header(name: str, value):
+    """A key below `llama.`, for `extra`."""
+    types = {bool: gguf.GGUFValueType.BOOL, int: gguf.GGUFValueType.UINT32, float: gguf.GGUFValueType.FLOAT32}
+    return "add_key_value", f"llama.{name}", value, types[type(value)]
 
 
 def read(path):
@@ -119,6 +125,10 @@ def test_rotations_of_the_header(tmp_path):
     scaling = lambda **options: read(write(tmp_path / "s.gguf", tensors(), **options)).model.pattern[0].position.scaling
     linear = [("add_rope_scaling_type", gguf.RopeScalingType.LINEAR), ("add_rope_scaling_factor", 4.0)]
     assert scaling(extra=linear) == Linear(4.0)
+    assert scaling(extra=linear[1:]) == Linear(4.0)  # a factor without a type
+    assert scaling(extra=[header("rope.scale_linear", 4.0)]) == Linear(4.0)  # as old files have it
+    none = [("add_rope_scaling_type", gguf.RopeScalingType.NONE), *linear[1:]]
+    assert scaling(extra=none) == scaling() == Unscaled()
     yarn = [
         ("add_rope_scaling_type", gguf.RopeScalingType.YARN),
         ("add_rope_scaling_factor", 4.0),
@@ -128,6 +138,45 @@ def test_rotations_of_the_header(tmp_path):
     factors = (1.0, 1.0, 2.0, 8.0)  # as Llama 3's come
     found = scaling(rope_freqs=factors)
     assert found == LongRoPE(64, 1.0, factors, factors, attention_policy="none") and found.magnitude == 1.0
+
+
+@pytest.mark.parametrize(
+    ("name", "plain", "other"),
+    [
+        ("attention.sliding_window", 0, 16),
+        ("attention.causal", True, False),
+        ("expert_count", 0, 4),
+        ("rope.scaling.attn_factor", 1.0, 0.5),
+        ("rope.scaling.yarn_beta_fast", 32.0, 8.0),
+        ("rope.scaling.yarn_log_multiplier", None, 0.1),
+        ("logit_scale", None, 0.5),
+        ("attention.scale", None, 0.5),
+    ],
+)
+def test_keys_that_change_numbers_are_read_or_refused(tmp_path, name, plain, other):
+    path = tmp_path / "m.gguf"
+    if plain is not None:
+        assert read(write(path, tensors(), extra=[header(name, plain)])).model == MODEL
+    with pytest.raises(CheckpointError, match=rf"llama\.{name} is {other}"):
+        read(write(path, tensors(), extra=[header(name, other)]))
+
+
+def test_tokenizers_that_cannot_be_told_are_left_out_and_damaged_ones_refused(tmp_path):
+    gpt2, tokens = ("add_tokenizer_model", "gpt2"), ("add_token_list", TOKENS)
+    smollm, merges = ("add_tokenizer_pre", "smollm"), ("add_token_merges", ["t h"])
+    types = ("add_token_types", [gguf.TokenType.NORMAL] * len(TOKENS))
+    built = lambda *extra: read(write(tmp_path / "m.gguf", tensors(), tokens=False, extra=extra)).tokenizer
+    assert built(gpt2, smollm, tokens, types, merges) is not None
+    assert built(gpt2, tokens, types, merges) is None
+    assert built(gpt2, ("add_tokenizer_pre", "default"), tokens, types, merges) is None
+    for extra, message in (
+        ((tokens, merges), "no token_type"),
+        ((tokens, types), "no merges"),
+        ((tokens, types, ("add_token_merges", ["zz yy"])), "zz"),
+        ((("add_token_list", TOKENS[:-1] + TOKENS[:1]), types, merges), "twice"),
+    ):
+        with pytest.raises(CheckpointError, match=rf"its tokenizer cannot be built \(.*{message}"):
+            built(gpt2, smollm, *extra)
 
 
 def test_what_is_not_a_whole_llama_is_refused(tmp_path):
@@ -144,6 +193,11 @@ def test_what_is_not_a_whole_llama_is_refused(tmp_path):
         read(write(tmp_path / "q.gguf", tensors(), arch="qwen2"))
     with pytest.raises(CheckpointError, match=r"turns 4 of 8 entries"):
         read(write(tmp_path / "p.gguf", tensors(), extra=[("add_rope_dimension_count", 4)]))
+    with pytest.raises(CheckpointError, match=r"no matrix token_embd\.weight"):
+        read(write(tmp_path / "e.gguf", tensors() | {"model.embed_tokens.weight": np.ones(12, np.float32)}))
+    longrope = [("add_rope_scaling_type", gguf.RopeScalingType.LONGROPE)]
+    with pytest.raises(CheckpointError, match="'longrope' is not known"):
+        read(write(tmp_path / "l.gguf", tensors(), extra=longrope))
     other = tensors() | {"model.norm.weight": np.ones(13, np.float32)}
     with pytest.raises(CheckpointError, match=r"output_norm.weight has shape \[13\]"):
         read(write(tmp_path / "n.gguf", other))

@@ -61,6 +61,7 @@ def test_keys_of_transformers_4():
     assert rope_from_hf(old) == RoPE(5e4, Linear(4.0))
     assert rope_from_hf({"rope_theta": 1e6, "rope_scaling": None, "max_position_embeddings": 8}) == RoPE(1e6)
     assert rope_from_hf({"max_position_embeddings": 8}) == RoPE(1e4)
+    assert rope_from_hf(old | {"rope_parameters": {}}) == RoPE(5e4, Linear(4.0))
     phi = {
         "max_position_embeddings": 512,
         "original_max_position_embeddings": 64,
@@ -89,8 +90,14 @@ def test_deepseek_pair_is_a_quotient_without_softmax_scale():
         (config(rope_type="linear", factor=True), r"factor=True.*number"),
         (config(rope_type="linear", factor=2.0, betafast=3), r"betafast=3.*no such parameter"),
         (config(rope_type="longrope", factor=2.0, long_factor="x", short_factor=[]), r"long_factor='x'.*list"),
+        (config(rope_type=["linear"]), r"rope_type=\['linear'\]"),
+        (config(rope_type="default", rope_theta=10**400), r"rope_theta=1000.*finite"),
+        (config(rope_type="yarn", factor=2.0, original_max_position_embeddings=64.5), r"embeddings=64.5.*tokens"),
+        (config(rope_type="yarn", original_max_position_embeddings=0), r"embeddings=0.*2 or more"),
+        (config(rope_type="longrope", factor=2.0, long_factor=[2.0], short_factor=[]), r"short_factor=\[\].*list"),
+        (config(rope_type="default") | {"rope_scaling": {"type": "linear", "factor": 2}}, r"^rope_scaling=.*keep one"),
         ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, r"one set of parameters"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, r"max_position_embeddings=None.*length"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, r"^max_position_embeddings=None.*length"),
         (config(rope_type="default", partial_rotary_factor=1.5), r"fraction=1.5"),
     ],
 )
@@ -108,7 +115,6 @@ def test_what_cannot_be_read_names_the_field(values, message):
         (RoPE(scaling=NTKByParts(2.0, 64)), r"ntk_by_parts.*no such method"),
         (RoPE(scaling=DynamicNTK(2.0, 64)), r"step=256.*step=1"),
         (RoPE(scaling=YaRN(2.0, 64, mscale_all_dim=1.0)), r"mscale_all_dim=1.0.*attention_factor"),
-        (RoPE(scaling=Llama3(16.0, 8192, 1.0, 1.0)), r"high_freq_factor=1.0.*hard step"),
         (RoPE(scaling=LongRoPE(64, 2.0, FACTORS, first_tokens=4)), r"first_tokens=4.*\(0,\)"),
     ],
     ids=str,

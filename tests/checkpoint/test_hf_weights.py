@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from irope_jax.checkpoint.hf_config import model_from_hf
+from irope_jax.checkpoint.hf_config import context_length, model_from_hf
 from irope_jax.checkpoint.hf_names import LLAMA
 from irope_jax.checkpoint.native import CheckpointError
 from irope_jax.core.config import ConfigError
@@ -29,6 +29,7 @@ CONFIG = {
     "tie_word_embeddings": False,
 }
 MODEL = model_from_hf(CONFIG)
+ABSENT = object()
 
 
 def tensors(dtype=np.float32) -> dict[str, np.ndarray]:
@@ -96,8 +97,11 @@ def test_shards_and_number_formats_give_the_same(tmp_path):
 def test_tied_heads_and_idle_buffers(tmp_path):
     tied = CONFIG | {"tie_word_embeddings": True}
     weights = tensors() | {"model.layers.1.self_attn.rotary_emb.inv_freq": np.ones(4, np.float32)}
-    found = read(folder(tmp_path / "m", weights, tied))
-    assert "head" not in found.params and found.model.output_head == "tied" and found.context == 64
+    refused(folder(tmp_path / "two", weights, tied), r"lm_head.weight is not model.embed_tokens.weight")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].copy()
+    for path in (folder(tmp_path / "twice", weights, tied), tmp_path / "once"):
+        found = read(path if path.exists() else folder(path, {n: w for n, w in weights.items() if "lm" not in n}, tied))
+        assert "head" not in found.params and found.model.output_head == "tied" and found.context == 64
 
 
 def refused(path: Path, message: str, kind=CheckpointError):
@@ -114,6 +118,8 @@ def test_tensors_that_do_not_fit_are_named(tmp_path):
     refused(folder(tmp_path / "b", fewer), r"missing: model.layers.1.mlp.up_proj.weight")
     other = tensors() | {"model.norm.weight": np.ones(13, np.float32)}
     refused(folder(tmp_path / "c", other), r"model.norm.weight has shape \[13\].*\[12\]")
+    whole = tensors() | {"model.norm.weight": np.ones(12, np.int8)}
+    refused(folder(tmp_path / "e", whole), r"model.norm.weight holds int8 numbers; quantised")
     broken = tensors() | {"model.norm.weight": np.full(12, np.nan, np.float32)}
     refused(folder(tmp_path / "d", broken), r"model.norm.weight holds values that are not finite")
 
@@ -159,6 +165,10 @@ def test_damaged_and_hostile_files_are_one_line(tmp_path):
         ({"quantization_config": {"bits": 4}}, r"quantization_config"),
         ({"num_local_experts": 8}, r"num_local_experts=8.*not a key"),
         ({"layer_types": ["sliding_attention", "full_attention"]}, r"layer_types.*full_attention"),
+        ({"layer_types": 5}, r"layer_types=5"),
+        ({"model_type": "mistral"}, r"sliding_window=4096: is what transformers takes"),
+        ({"model_type": "mistral", "sliding_window": None, "num_key_value_heads": ABSENT}, r"num_kv_heads=8"),
+        ({"partial_rotary_factor": 0.5}, r"^\S*config.json.partial_rotary_factor=0.5"),
         ({"hidden_size": -1}, r"hidden_size=-1"),
         ({"hidden_size": 1.5}, r"hidden_size=1.5"),
         ({"rms_norm_eps": "x"}, r"rms_norm_eps='x'"),
@@ -167,4 +177,13 @@ def test_damaged_and_hostile_files_are_one_line(tmp_path):
     ],
 )
 def test_configs_that_are_not_supported_name_the_key(tmp_path, change, message):
-    refused(folder(tmp_path / "m", config=CONFIG | change), message, ConfigError)
+    config = {key: value for key, value in (CONFIG | change).items() if value is not ABSENT}
+    refused(folder(tmp_path / "m", config=config), message, ConfigError)
+
+
+def test_keys_that_are_not_there_are_what_transformers_takes():
+    absent = ("num_key_value_heads", "max_position_embeddings")
+    short = {key: value for key, value in CONFIG.items() if key not in absent}
+    assert model_from_hf(short).num_kv_heads == 3 and context_length(short) == 2048
+    assert context_length(short | {"model_type": "mistral"}) == 131_072
+    assert model_from_hf(CONFIG | {"model_type": "mistral", "sliding_window": None}) == MODEL
