@@ -53,7 +53,7 @@ def scaling_of(method: str, times: int, original: int, factors: Path):
         "none": Unscaled(),
         "pi": Linear(times),
         "ntk": NTK(times),
-        "dynamic_ntk": DynamicNTK(1.0, original),
+        "dynamic_ntk": DynamicNTK(times, original),
         "yarn": YaRN(times, original),
     }[method]
 
