@@ -202,7 +202,7 @@ def evolve(
     history, bounds = [], spec.bounds(factor)
     for generation in range(spec.iterations + 1):
         if generation:
-            parents = ranked()[: spec.parents]
+            parents = [candidate for candidate in ranked()[: spec.parents] if scores[candidate] < math.inf]
             evaluate(_children(spec, parents, set(scores), bounds, np.random.default_rng([spec.seed, generation])))
         best = ranked()[0]
         if scores[best] == math.inf:
