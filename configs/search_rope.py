@@ -5,7 +5,7 @@
     irope search-rope --checkpoint=assets/smollm2-135m --config=configs/search_rope.py:smollm2
 
 `tiny` stretches `configs/extend_tiny.py` from 256 to 2,048 tokens, 292 candidates in some ten minutes on two CPU cores.
-`smollm2` stretches SmolLM2-135M from 8k to 16k; eight candidates, since each takes two minutes there.
+`smollm2` stretches SmolLM2-135M from 8k to 16k; five candidates, since each takes two minutes there.
 """
 
 from ml_collections import ConfigDict
@@ -33,9 +33,8 @@ def get_config(which: str = "paper") -> ConfigDict:
         config.original_length, config.length = 8192, 16_384
         config.objective = dict(kind="text", source=dict(kind="corpus", split="validation"), documents=1)
         config.method = dict(
-            kind="evolution", population=4, parents=3, mutations=1, crossovers=3, iterations=1, first_tokens=(0,)
+            kind="evolution", population=3, parents=2, mutations=1, crossovers=1, iterations=1, first_tokens=(0,)
         )
-        config.attention_policy = "none"
         config.at_once = 1
     else:
         raise ValueError(f"unknown search {which!r}; choose one of: paper, tiny, smollm2")
