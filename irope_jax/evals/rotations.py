@@ -165,8 +165,8 @@ class RotationScorer:
         length: int,
         *,
         magnitude: float = 1.0,
-        batch_tokens: int = 16_384,
-        at_once: int = 4,
+        batch_tokens: int,
+        at_once: int,
     ):
         self.rotation = searched_rotation(model)
         self.theta_P = self.rotation.frequencies(model.head_dim).inv_freq

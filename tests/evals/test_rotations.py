@@ -64,12 +64,13 @@ def test_a_score_is_the_loss_of_the_model_with_those_factors(params, scorer):
 
 
 def test_positions_before_the_first_are_read_and_not_scored(params):
-    whole = RotationScorer(MODEL, TOKENIZER, TextLoss(documents=1), LENGTH)
-    late = RotationScorer(MODEL, TOKENIZER, TextLoss(documents=1, first_position=90), LENGTH)
+    sizes = dict(batch_tokens=LENGTH, at_once=1)
+    whole = RotationScorer(MODEL, TOKENIZER, TextLoss(documents=1), LENGTH, **sizes)
+    late = RotationScorer(MODEL, TOKENIZER, TextLoss(documents=1, first_position=90), LENGTH, **sizes)
     weights = [sum(float(b.weights.sum()) for b in s.documents) for s in (whole, late)]
     assert weights == [LENGTH, 6]
     with pytest.raises(ConfigError, match=r"objective.first_position=96.*less"):
-        RotationScorer(MODEL, TOKENIZER, TextLoss(documents=1, first_position=96), LENGTH)
+        RotationScorer(MODEL, TOKENIZER, TextLoss(documents=1, first_position=96), LENGTH, **sizes)
 
 
 def test_needles_weigh_their_answers_alone():
