@@ -142,9 +142,7 @@ def import_verb(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> i
     return 0
 
 
-def _experiment(
-    found: Imported, source: Path, name: str, folder: Path, overrides: list[tuple[str, str]]
-) -> Experiment:
+def _experiment(found: Imported, source: Path, name: str, folder: Path, overrides: list[tuple[str, str]]) -> Experiment:
     """The config of the run directory; writes the tokenizer into `folder`."""
     tokenizer = ByteTokenizer()
     if found.tokenizer is not None:

@@ -12,11 +12,16 @@ from irope_jax.attention.mask import Chunked, Global, MaskSpec, Sliding
 from irope_jax.context.strategy import ContextConfig
 from irope_jax.core.config import ConfigError
 from irope_jax.core.types import Precision
-from irope_jax.model.feed_forward import FfnSpec
+from irope_jax.model.feed_forward import SwiGLU
+from irope_jax.model.moe import MoE
 from irope_jax.position import encoding
 from irope_jax.position.absolute import NoEmbedding, PositionEmbedding, Sinusoidal
 from irope_jax.position.encoding import EXTENSIONS, NoPE, PositionSpec, RoPE
 from irope_jax.position.temperature import Constant, LogFloor, TemperatureSpec, in_training
+
+
+FfnSpec = SwiGLU | MoE
+"""The union of feed-forward kinds."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +34,15 @@ class LayerSpec:
       ffn: the feed-forward part.
       temperature: factor on the queries by their position.
       qk_norm: `rms` normalises q and k per head after the rotation, without a learned weight (Llama 4 does so in its
-        RoPE layers only); `none` leaves them.
+        RoPE layers only). `learned` does so before it, with a weight per entry of a head (Qwen 3);
+        `learned_all_heads` before it, over all heads together, with a weight per entry (OLMo 2). `none` leaves them.
     """
 
     position: PositionSpec
     mask: MaskSpec
     ffn: FfnSpec
     temperature: TemperatureSpec = Constant()
-    qk_norm: Literal["none", "rms"] = "none"
+    qk_norm: Literal["none", "rms", "learned", "learned_all_heads"] = "none"
 
     def __post_init__(self):
         if isinstance(self.position, EXTENSIONS) and not isinstance(self.mask, Global):
@@ -50,7 +56,7 @@ class LayerSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder-only transformer: pre-norm, RMSNorm, grouped-query attention.
+    """A decoder-only transformer with grouped-query attention.
 
     Attributes:
       vocab_size: V; at least what the tokenizer needs.
@@ -62,7 +68,13 @@ class ModelConfig:
       pattern: the layers that repeat, first layer first.
       position_embedding: added to the token embeddings, once: nothing, sinusoids, or a learned vector per position.
       output_head: `tied` uses the embedding again, `untied` has a matrix of its own.
-      norm_eps: added to the mean square in every RMS norm.
+      block: what a layer does with its two parts. `pre_norm` adds `part(norm(x))` one after the other; `post_norm` adds
+        `norm(part(x))` (OLMo 2); `parallel` adds both parts of one norm of x (Cohere).
+      norm: `rms`, or `layer`, which subtracts the mean too; both with a weight and without a bias.
+      norm_eps: added to the mean square, or the variance, in every norm.
+      attention_bias: added after the projections of attention: to none, to queries, keys and values (`qkv`, Qwen 2), or
+        to the output too (`all`).
+      logit_scale: factor on the logits.
       init_std: standard deviation of the initial weights.
       embedding_init_std: that of the embedding; None means `init_std`.
       residual_init_std: that of the projections back into the residual stream; None means `init_std / sqrt(2 L)`. Near
@@ -84,7 +96,11 @@ class ModelConfig:
     pattern: tuple[LayerSpec, ...]
     position_embedding: PositionEmbedding = NoEmbedding()
     output_head: Literal["tied", "untied"] = "tied"
+    block: Literal["pre_norm", "post_norm", "parallel"] = "pre_norm"
+    norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-5
+    attention_bias: Literal["none", "qkv", "all"] = "none"
+    logit_scale: float = 1.0
     init_std: float = 0.02
     embedding_init_std: float | None = None
     residual_init_std: float | None = None
@@ -103,6 +119,8 @@ class ModelConfig:
                 self.num_kv_heads,
                 f"must divide num_heads={self.num_heads}, so that key heads are shared evenly",
             )
+        if not self.logit_scale > 0:
+            raise ConfigError("logit_scale", self.logit_scale, "must be positive; 1 leaves the logits")
         if not self.pattern:
             raise ConfigError("pattern", self.pattern, "needs at least one layer")
         for i, layer in enumerate(self.pattern):
@@ -151,7 +169,7 @@ def irope_layers(
     theta: float = 500_000.0,
     interval: int = 4,
     temperature: TemperatureSpec | None = None,
-    qk_norm: Literal["none", "rms"] = "none",
+    qk_norm: Literal["none", "rms", "learned", "learned_all_heads"] = "none",
 ) -> tuple[LayerSpec, ...]:
     """The period of Llama 4: `interval - 1` chunk-local RoPE layers, then one global NoPE layer with temperature.
 
@@ -187,6 +205,12 @@ def draw_layers(config: ModelConfig) -> str:
     """The layer pattern as text, a line per layer of the period, with how many times it repeats."""
     period = config.period
     lines = [f"{len(config.layers)} layers = {len(config.layers) // len(period)} x a period of {len(period)}"]
+    kinds = {"pre_norm": "", "post_norm": "norms after each part", "parallel": "attention and feed-forward in parallel"}
+    words = [kinds[config.block], "layer norm" if config.norm == "layer" else ""]
+    words += [f"biases on {config.attention_bias}"] if config.attention_bias != "none" else []
+    words += [f"logits times {config.logit_scale:g}"] if config.logit_scale != 1 else []
+    if any(words):
+        lines.append(f"       {', '.join(filter(None, words))}")
     if not isinstance(config.position_embedding, NoEmbedding):
         lines.append(f"       position embedding: {config.position_embedding}")
     positions = [describe_position(layer.position) for layer in period]

@@ -13,7 +13,9 @@ from irope_jax.core.config import ConfigError
 from irope_jax.core.types import TokenInfo
 from irope_jax.model.config import LayerSpec, ModelConfig
 from irope_jax.model.feed_forward import FeedForward
-from irope_jax.model.layers import RMSNorm
+from irope_jax.model.layers import NORMS
+from irope_jax.model.moe import MixtureOfExperts, MoE
+from irope_jax.model.routing import RouterSums
 from irope_jax.model.self_attention import SelfAttention
 from irope_jax.position.absolute import Learned, Sinusoidal, sinusoids
 from irope_jax.position.rope import Turns
@@ -30,19 +32,33 @@ REMAT_POLICIES = {
 
 
 class DecoderLayer(nn.Module):
-    """One pre-norm layer: `x + attention(norm(x))`, then `x + feed_forward(norm(x))`."""
+    """One layer: attention and the feed-forward part added to the residual stream, as `ModelConfig.block` says."""
 
     config: ModelConfig
     layer: LayerSpec
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, info: TokenInfo, turns: Turns | None = None) -> jax.Array:
-        cfg = self.config
-        norm = lambda name: RMSNorm(cfg.norm_eps, cfg.precision, name=name)
+        cfg, ffn = self.config, self.layer.ffn
+        norm = lambda name: NORMS[cfg.norm](cfg.norm_eps, cfg.precision, name=name)
+        attention = SelfAttention(cfg, self.layer, name="attention")
+        options = dict(precision=cfg.precision, init_std=cfg.init_std, out_std=cfg.residual_std, name="feed_forward")
+        if isinstance(ffn, MoE):
+            mixture = MixtureOfExperts(ffn, **options)
+            feed_forward = lambda x_BTD: mixture(x_BTD, info)
+        else:
+            feed_forward = FeedForward(ffn, **options)
         x_BTD = constrain(x_BTD, "batch", "length", "features")
-        x_BTD = x_BTD + SelfAttention(cfg, self.layer, name="attention")(norm("attention_norm")(x_BTD), info, turns)
-        feed_forward = FeedForward(self.layer.ffn, cfg.precision, cfg.init_std, cfg.residual_std, name="feed_forward")
-        return x_BTD + feed_forward(norm("feed_forward_norm")(x_BTD))
+        match cfg.block:
+            case "pre_norm":
+                x_BTD = x_BTD + attention(norm("attention_norm")(x_BTD), info, turns)
+                return x_BTD + feed_forward(norm("feed_forward_norm")(x_BTD))
+            case "post_norm":
+                x_BTD = x_BTD + norm("attention_norm")(attention(x_BTD, info, turns))
+                return x_BTD + norm("feed_forward_norm")(feed_forward(x_BTD))
+            case "parallel":
+                normed_BTD = norm("attention_norm")(x_BTD)
+                return x_BTD + attention(normed_BTD, info, turns) + feed_forward(normed_BTD)
 
 
 class Period(nn.Module):
@@ -96,17 +112,17 @@ class Decoder(nn.Module):
             )
         scanned = nn.scan(
             Period,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "router": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,
             length=cfg.num_layers // len(cfg.period),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         self.periods = scanned(cfg)
-        self.final_norm = RMSNorm(cfg.norm_eps, cfg.precision)
+        self.final_norm = NORMS[cfg.norm](cfg.norm_eps, cfg.precision)
 
     def __call__(self, tokens_BT: jax.Array, info: TokenInfo, turns: PeriodTurns = None) -> jax.Array:
-        """Hidden states `[B, T, D]` after the final norm, in the compute type.
+        """Hidden states `[B, T, D]` after the final norm, times `logit_scale`, in the compute type.
 
         Args:
           tokens_BT, info: tokens and where they are.
@@ -123,7 +139,8 @@ class Decoder(nn.Module):
                     raise ConfigError("model.position_embedding.size", size, fix)
                 x_BTD = x_BTD + look_up(self.position_table, info.positions, compute)
         x_BTD, _ = self.periods(x_BTD, info, turns)
-        return self.final_norm(x_BTD)
+        x_BTD = self.final_norm(x_BTD)
+        return x_BTD if self.config.logit_scale == 1 else x_BTD * self.config.logit_scale
 
     def head_matrix(self) -> jax.Array:
         """`w_DV`, in the compute type: logits are `hidden @ w_DV`."""
@@ -168,6 +185,18 @@ def hidden_states(
     decoder = Decoder(config)
     variables = {"params": params}
     return decoder.apply(variables, tokens_BT, info, turns), decoder.apply(variables, method="head_matrix")
+
+
+def routed_hidden_states(
+    config: ModelConfig, params: Any, tokens_BT: jax.Array, info: TokenInfo
+) -> tuple[jax.Array, jax.Array, dict[str, RouterSums]]:
+    """`hidden_states`, and what the routers of mixtures did, by layer of the period, stacked over its repeats."""
+    decoder = Decoder(config)
+    variables = {"params": params}
+    hidden_BTD, sown = decoder.apply(variables, tokens_BT, info, mutable=["router"])
+    layers = sown.get("router", {}).get("periods", {})
+    sums = {name: layer["feed_forward"]["sums"] for name, layer in layers.items()}
+    return hidden_BTD, decoder.apply(variables, method="head_matrix"), sums
 
 
 def logits(config: ModelConfig, params: Any, tokens_BT: jax.Array, info: TokenInfo) -> jax.Array:

@@ -1,7 +1,7 @@
-"""The feed-forward part of a layer: SwiGLU (arXiv 2002.05202), and the union of its kinds.
+"""The dense feed-forward part of a layer: SwiGLU (arXiv 2002.05202).
 
-Belongs here: what happens to each token on its own between attention and attention. `swiglu` is a pure function;
-`FeedForward` gives it parameters. Norms and the residual sum belong to the decoder.
+Belongs here: what every token goes through on its own between attention and attention. `swiglu` is a pure function;
+`FeedForward` gives it parameters. Mixtures of several are `moe`; norms and the residual sum belong to the decoder.
 """
 
 from __future__ import annotations
@@ -41,9 +41,8 @@ class SwiGLU:
         if self.chunk is not None and self.chunk < 1:
             raise ConfigError("chunk", self.chunk, "tokens worked on at a time; use 1 or more, or None for all")
 
-
-FfnSpec = SwiGLU
-"""The union of feed-forward kinds: `SwiGLU | NextOne | …` once there is a next one."""
+    def __str__(self) -> str:
+        return f"SwiGLU {self.hidden_dim}" + (f", {self.chunk} tokens at a time" if self.chunk else "")
 
 
 def swiglu(
@@ -120,13 +119,13 @@ class FeedForward(nn.Module):
     """The feed-forward part as its spec says.
 
     Attributes:
-      spec: which kind and how wide.
+      spec: how wide, and how many tokens at a time.
       precision: number formats of parameters and products.
       init_std: standard deviation of the initial `gate` and `up`.
       out_std: that of `down`, which writes into the residual stream; `None` means `init_std`.
     """
 
-    spec: FfnSpec
+    spec: SwiGLU
     precision: Precision = Precision()
     init_std: float = 0.02
     out_std: float | None = None

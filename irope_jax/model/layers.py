@@ -1,4 +1,4 @@
-"""Small pieces that layers are made of: RMS norm and its weightless form."""
+"""Small pieces that layers are made of: norms, and RMS norm without a weight."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import jax.numpy as jnp
 from irope_jax.core.types import Precision
 
 
-def rms_normalise(x: jax.Array, eps: float) -> jax.Array:
-    """`x / sqrt(mean(x^2) + eps)` over the last axis, in float32, in the type of `x`."""
+def rms_normalise(x: jax.Array, eps: float, axis: int | tuple[int, ...] = -1) -> jax.Array:
+    """`x / sqrt(mean(x^2) + eps)` over the last axis or axes, in float32, in the type of `x`."""
     x32 = x.astype(jnp.float32)
-    return (x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + eps)).astype(x.dtype)
+    return (x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=axis, keepdims=True) + eps)).astype(x.dtype)
 
 
 class RMSNorm(nn.Module):
@@ -33,3 +33,25 @@ class RMSNorm(nn.Module):
             jnp.dtype(self.precision.params),
         )
         return rms_normalise(x_BTD, self.eps) * scale_D.astype(x_BTD.dtype)
+
+
+class LayerNorm(nn.Module):
+    """Layer norm (Ba et al. 2016) with a learned weight per feature and no bias; float32 inside, as Cohere's."""
+
+    eps: float
+    precision: Precision
+
+    @nn.compact
+    def __call__(self, x_BTD: jax.Array) -> jax.Array:
+        scale_D = self.param(
+            "scale",
+            nn.with_logical_partitioning(nn.initializers.ones_init(), ("features",)),
+            (x_BTD.shape[-1],),
+            jnp.dtype(self.precision.params),
+        )
+        x32 = x_BTD.astype(jnp.float32)
+        x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
+        return rms_normalise(x32, self.eps).astype(x_BTD.dtype) * scale_D.astype(x_BTD.dtype)
+
+
+NORMS = {"rms": RMSNorm, "layer": LayerNorm}

@@ -24,7 +24,8 @@ from irope_jax.position.rope import Turns
 class SelfAttention(nn.Module):
     """Grouped-query self-attention as its `LayerSpec` says.
 
-    Order of operations (Llama 4): rotation, weightless qk-norm, temperature on the queries, softmax of `q·k / sqrt(H)`.
+    Order of operations: bias, learned qk-norm, rotation, weightless qk-norm (Llama 4), temperature on the queries,
+    softmax of `q·k / sqrt(H)`.
     Temperature comes last and touches queries only, so cached keys never depend on it.
     """
 
@@ -58,6 +59,27 @@ class SelfAttention(nn.Module):
         k_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, w_k_DKH)
         v_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, w_v_DKH)
 
+        def bias(name: str, axes: tuple[str, ...], dims: tuple[int, ...]) -> jax.Array:
+            init = nn.with_logical_partitioning(nn.initializers.zeros_init(), axes)
+            return self.param(name, init, dims, params).astype(compute)
+
+        if cfg.attention_bias != "none":
+            q_BTNH = q_BTNH + bias("query_bias", ("heads", "head_dim"), (cfg.num_heads, cfg.head_dim))
+            k_BTKH = k_BTKH + bias("key_bias", ("kv_heads", "head_dim"), (cfg.num_kv_heads, cfg.head_dim))
+            v_BTKH = v_BTKH + bias("value_bias", ("kv_heads", "head_dim"), (cfg.num_kv_heads, cfg.head_dim))
+
+        def learned_norm(name: str, x: jax.Array, heads: str) -> jax.Array:
+            """RMS norm of each head, or of all heads as one, with a weight."""
+            together = layer.qk_norm == "learned_all_heads"
+            axes, dims = ((heads, "head_dim"), x.shape[2:]) if together else (("head_dim",), x.shape[3:])
+            init = nn.with_logical_partitioning(nn.initializers.ones_init(), axes)
+            normed = rms_normalise(x, cfg.norm_eps, axis=(-2, -1) if together else -1)
+            return normed * self.param(name, init, dims, params).astype(compute)
+
+        if layer.qk_norm in ("learned", "learned_all_heads"):
+            q_BTNH = learned_norm("query_norm", q_BTNH, "heads")
+            k_BTKH = learned_norm("key_norm", k_BTKH, "kv_heads")
+
         learned_N = None
         if temperature.is_learned(layer.temperature):
             init = nn.with_logical_partitioning(nn.initializers.constant(layer.temperature.initial), ("heads",))
@@ -89,7 +111,8 @@ class SelfAttention(nn.Module):
                 q_BTNH, k_BTKH, v_BTKH, plain, plain, layer.mask,
                 scale=scale, slopes=slopes_N, impl=cfg.attention, context=cfg.context,
             )  # fmt: skip
-        return jnp.einsum("BTNH,NHD->BTD", out_BTNH, w_o_NHD)
+        out_BTD = jnp.einsum("BTNH,NHD->BTD", out_BTNH, w_o_NHD)
+        return out_BTD + bias("out_bias", ("features",), (cfg.d_model,)) if cfg.attention_bias == "all" else out_BTD
 
 
 def _in_parts(parts: list, v_BTKH: jax.Array, scale: float, impl: str | None) -> jax.Array:

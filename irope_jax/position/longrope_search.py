@@ -352,9 +352,7 @@ class SearchLog:
         self.close()
 
 
-def factors_json(
-    candidate: Candidate, *, original_length: int, factor: float, attention_policy: str
-) -> dict[str, Any]:
+def factors_json(candidate: Candidate, *, original_length: int, factor: float, attention_policy: str) -> dict[str, Any]:
     """A `LongRoPE` scaling as plain values: what `scaling=` of a config takes, and a literal of the command line."""
     return {
         "kind": "longrope",

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import jax
 import optax
 
-from irope_jax.core.config import ConfigError
+from irope_jax.core.config import ConfigError, nearest
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,9 @@ class OptimizerConfig:
       weight_decay: decoupled, multiplied by the rate.
       no_decay: glob patterns on the path of a parameter (`periods/layer_0/attention_norm/scale`) that are not decayed.
       clip_norm: the gradient is scaled down to this global norm; None leaves it.
+      trainable: glob patterns on paths of parameters that are trained (`*norm/scale`, `embedding`); the rest stays as it
+        is, without optimizer state. A path names a layer of the period, so all its repeats.
+      frozen: patterns of those that stay although `trainable` names them.
     """
 
     learning_rate: float = 3e-4
@@ -72,6 +75,8 @@ class OptimizerConfig:
     weight_decay: float = 0.1
     no_decay: tuple[str, ...] = ("*scale",)
     clip_norm: float | None = 1.0
+    trainable: tuple[str, ...] = ("*",)
+    frozen: tuple[str, ...] = ()
 
     def __post_init__(self):
         if self.learning_rate <= 0:
@@ -111,20 +116,53 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
     return optax.join_schedules([warm, then], [spec.warmup])
 
 
+MOVED_BY_RULE = ("*/balance_bias",)
+"""Parameters that no gradient moves, whatever a config says."""
+
+
+def _matching(params: Any, patterns: tuple[str, ...]) -> Any:
+    """True at each leaf whose path matches one of the patterns."""
+
+    def matches(path, _):
+        name = "/".join(str(getattr(k, "key", k)) for k in path)
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+    return jax.tree_util.tree_map_with_path(matches, params)
+
+
 def decayed(params: Any, patterns: tuple[str, ...]) -> Any:
     """True at each leaf that weight decay applies to."""
+    return jax.tree.map(lambda found: not found, _matching(params, patterns))
 
-    def keep(path, _):
-        name = "/".join(str(getattr(k, "key", k)) for k in path)
-        return not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
-    return jax.tree_util.tree_map_with_path(keep, params)
+def frozen(config: OptimizerConfig, params: Any) -> Any:
+    """True at each leaf that stays as it is.
+
+    Args:
+      params: a tree of arrays, without boxes.
+
+    Raises:
+      ConfigError: a pattern that matches nothing, or nothing left to train; names the field.
+    """
+    for field in ("trainable", "frozen"):
+        for pattern in getattr(config, field):
+            if not any(jax.tree.leaves(_matching(params, (pattern,)))):
+                paths = jax.tree_util.tree_leaves_with_path(params)
+                names = sorted({"/".join(str(getattr(k, "key", k)) for k in path) for path, _ in paths})
+                raise ConfigError(
+                    f"train.optimizer.{field}", pattern, f"matches no parameter; {nearest(pattern, names)}"
+                )
+    trained, kept = _matching(params, config.trainable), _matching(params, config.frozen + MOVED_BY_RULE)
+    found = jax.tree.map(lambda trained, kept: kept or not trained, trained, kept)
+    if all(jax.tree.leaves(found)):
+        raise ConfigError("train.optimizer.trainable", config.trainable, "leaves nothing to train")
+    return found
 
 
 def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """The optax transformation of a config for a run of `steps` steps."""
+    """The optax transformation of a config for a run of `steps` steps; frozen parameters get updates of zero."""
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm is not None else optax.identity()
-    return optax.chain(
+    adamw = optax.chain(
         clip,
         optax.adamw(
             learning_rate(config, steps),
@@ -135,3 +173,6 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             mask=lambda params: decayed(params, config.no_decay),
         ),
     )
+    if config.trainable == ("*",) and not config.frozen:
+        return adamw
+    return optax.transforms.selective_transform(adamw, freeze_mask=lambda params: frozen(config, params))

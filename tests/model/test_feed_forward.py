@@ -12,7 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 from irope_jax.core.config import ConfigError, from_dict, to_dict
 from irope_jax.core.types import Precision
-from irope_jax.model.feed_forward import FeedForward, FfnSpec, SwiGLU, swiglu
+from irope_jax.model.config import FfnSpec
+from irope_jax.model.feed_forward import FeedForward, SwiGLU, swiglu
 from irope_jax.plan import hlo
 
 D, F = 6, 10
@@ -112,4 +113,4 @@ def test_spec_is_configuration():
     assert from_dict(FfnSpec, to_dict(spec)) == spec
     for wrong, field in (({"hidden_dim": 0}, "hidden_dim"), ({"hidden_dim": 8, "chunk": 0}, "chunk")):
         with pytest.raises(ConfigError, match=field):
-            from_dict(FfnSpec, wrong)
+            from_dict(FfnSpec, {"kind": "swiglu"} | wrong)

@@ -204,9 +204,7 @@ def test_tiny_spaces_run_out_instead_of_running_on():
 def test_the_result_is_a_scaling_for_configs_and_for_the_command_line():
     from ast import literal_eval
 
-    values = factors_json(
-        Candidate((100, 157, 250, 400), 16), original_length=64, factor=4.0, attention_policy="none"
-    )
+    values = factors_json(Candidate((100, 157, 250, 400), 16), original_length=64, factor=4.0, attention_policy="none")
     assert literal_eval(json.dumps(values)) == values
     scaling = from_dict(LongRoPE, json.loads(json.dumps(values)))
     assert scaling == LongRoPE(64, 4.0, (1.0, 1.57, 2.5, 4.0), first_tokens=16, attention_policy="none")
