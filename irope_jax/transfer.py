@@ -20,9 +20,9 @@ import flax.linen as nn
 import jax
 
 from irope_jax.checkpoint.gguf import GgufFile
-from irope_jax.checkpoint.hf_config import context_length, model_from_hf
-from irope_jax.checkpoint.hf_names import LLAMA, LLAMA_IDLE
-from irope_jax.checkpoint.hf_weights import SafetensorsFolder, read_json, read_params, without_tied_head
+from irope_jax.checkpoint.hf_config import context_length, family_of, model_from_hf, text_values
+from irope_jax.checkpoint.hf_names import LLAMA_IDLE
+from irope_jax.checkpoint.hf_weights import SafetensorsFolder, layout_of, read_json, read_params, without_tied_head
 from irope_jax.checkpoint.native import CheckpointError, Checkpoints
 from irope_jax.core.config import ConfigError, fingerprint, override, to_dict
 from irope_jax.core.hosts import configure_logging
@@ -83,14 +83,19 @@ def read_source(source: Path, *, quiet: bool = False) -> Imported:
 def _read_folder(folder: Path, quiet: bool) -> Imported:
     values = read_json(folder / "config.json")
     try:
+        sees, values = values.get("model_type") == "llama4", dict(text_values(values))
         model, context = model_from_hf(values), context_length(values)
     except ConfigError as error:
         raise error.within(str(folder / "config.json")) from None
     with SafetensorsFolder(folder) as tensors:
+        if sees or any(name.startswith("language_model.") for name in tensors.names):
+            log.info("%s: only the text part is read", folder)
+            tensors.text_only()
         names = without_tied_head(tensors, model)
+        rows = layout_of(family_of(values).tables, model, names)
         with ProgressBar("reading", len(names), quiet=quiet) as bar:
             params = read_params(
-                LLAMA, model, names, lambda name, _: tensors[name], idle=LLAMA_IDLE, where=folder, advance=bar.advance
+                rows, model, names, lambda name, _: tensors[name], idle=LLAMA_IDLE, where=folder, advance=bar.advance
             )
     if not (folder / TOKENIZER).is_file():
         return Imported(model, params, context, None, {})

@@ -10,20 +10,24 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from irope_jax.core.config import ConfigError
 from irope_jax.model.config import ModelConfig
+from irope_jax.model.moe import MoE
 
 
 @dataclass(frozen=True)
 class Row:
-    """One tensor, or one per layer.
+    """One tensor, or one per layer, or one per layer and expert.
+
+    A row is of a layer only if the layer has such a parameter, of as many axes: a table may say more than a model has.
 
     Attributes:
-      name: in the source; `{i}` stands for the number of the layer.
+      name: in the source; `{i}` stands for the number of the layer, `{e}` for that of the expert.
       path: in our parameters; below the layer where `{i}` is in the name.
-      axes: of the source, letters of the shape alphabet; `(NH)` are two axes in one.
-      ours: the order of the same letters in our parameters.
+      axes: of the source, letters of the shape alphabet and S for the width of a shared expert; `(NH)` are two axes in
+        one, and `2` counts two of our parameters that lie in one tensor.
+      ours: the order of the same letters in our parameters; of one expert where `{e}` is in the name.
       rotated: whether rows come in the order of rotated pairs, which GGUF files interleave.
+      part: which of the two, where `2` is among the axes.
     """
 
     name: str
@@ -31,14 +35,24 @@ class Row:
     axes: str
     ours: str
     rotated: bool = False
+    part: int | None = None
 
     @property
     def per_layer(self) -> bool:
         return "{i}" in self.name
 
-    def source_shape(self, model: ModelConfig) -> tuple[int, ...]:
+    @property
+    def per_expert(self) -> bool:
+        return "{e}" in self.name
+
+    @property
+    def axes_of_ours(self) -> int:
+        """How many axes our parameter has in one layer."""
+        return len(self.ours) + self.per_expert
+
+    def source_shape(self, model: ModelConfig, layer: int = 0) -> tuple[int, ...]:
         """Shape the source's tensor must have."""
-        sizes, shape, inside = _sizes(model), [], None
+        sizes, shape, inside = _sizes(model, layer), [], None
         for letter in self.axes:
             if letter == "(":
                 inside = 1
@@ -51,31 +65,36 @@ class Row:
                 inside *= sizes[letter]
         return tuple(shape)
 
-    def read(self, tensor: np.ndarray, model: ModelConfig) -> np.ndarray:
-        """The tensor with our axes, a view where numpy can."""
-        sizes, letters = _sizes(model), self.axes.replace("(", "").replace(")", "")
+    def read(self, tensor: np.ndarray, model: ModelConfig, layer: int = 0) -> np.ndarray:
+        """The tensor, or our part of it, with our axes; a view where numpy can."""
+        sizes, letters = _sizes(model, layer), self.axes.replace("(", "").replace(")", "")
         split = tensor.reshape([sizes[letter] for letter in letters])
+        if self.part is not None:
+            split = np.take(split, self.part, axis=letters.index("2"))
+            letters = letters.replace("2", "")
         return split.transpose([letters.index(letter) for letter in self.ours])
 
-    def write(self, array: np.ndarray, model: ModelConfig) -> np.ndarray:
-        """Our array with the source's axes: the inverse of `read`."""
+    def write(self, array: np.ndarray, model: ModelConfig, layer: int = 0) -> np.ndarray:
+        """Our array with the source's axes: the inverse of `read`, where a tensor is one parameter."""
         letters = self.axes.replace("(", "").replace(")", "")
         turned = array.transpose([self.ours.index(letter) for letter in letters])
-        return turned.reshape(self.source_shape(model))
+        return turned.reshape(self.source_shape(model, layer))
 
 
-def _sizes(model: ModelConfig) -> dict[str, int]:
-    widths = {layer.ffn.hidden_dim for layer in model.layers}
-    if len(widths) > 1:
-        raise ConfigError("model.pattern", ConfigError.ABSENT, "layers differ in width; the format has one")
-    return {
+def _sizes(model: ModelConfig, layer: int) -> dict[str, int]:
+    ffn = model.layers[layer].ffn
+    sizes = {
         "V": model.vocab_size,
         "D": model.d_model,
         "N": model.num_heads,
         "K": model.num_kv_heads,
         "H": model.head_dim,
-        "F": widths.pop(),
+        "F": ffn.hidden_dim,
+        "2": 2,
     }
+    if isinstance(ffn, MoE):
+        sizes |= {"E": ffn.num_experts, "S": ffn.shared.hidden_dim if ffn.shared else 0}
+    return sizes
 
 
 LLAMA = (
@@ -93,6 +112,86 @@ LLAMA = (
     Row("lm_head.weight", ("head",), "VD", "DV"),
 )
 """Llama and Mistral in safetensors."""
+
+_LAYER = "model.layers.{i}."
+
+
+def _without(rows: tuple[Row, ...], *parts: str) -> tuple[Row, ...]:
+    return tuple(row for row in rows if not any(part in row.name for part in parts))
+
+
+_BIASES = (
+    Row(_LAYER + "self_attn.q_proj.bias", ("attention", "query_bias"), "(NH)", "NH"),
+    Row(_LAYER + "self_attn.k_proj.bias", ("attention", "key_bias"), "(KH)", "KH"),
+    Row(_LAYER + "self_attn.v_proj.bias", ("attention", "value_bias"), "(KH)", "KH"),
+    Row(_LAYER + "self_attn.o_proj.bias", ("attention", "out_bias"), "D", "D"),
+)
+_HEAD_NORMS = (
+    Row(_LAYER + "self_attn.q_norm.weight", ("attention", "query_norm"), "H", "H"),
+    Row(_LAYER + "self_attn.k_norm.weight", ("attention", "key_norm"), "H", "H"),
+)
+_ALL_HEADS_NORMS = (
+    Row(_LAYER + "self_attn.q_norm.weight", ("attention", "query_norm"), "(NH)", "NH"),
+    Row(_LAYER + "self_attn.k_norm.weight", ("attention", "key_norm"), "(KH)", "KH"),
+)
+
+QWEN = LLAMA + _BIASES + _HEAD_NORMS
+"""Qwen 2 (biases) and Qwen 3 (norms of heads); SmolLM 3 has neither."""
+
+OLMO = (
+    *_without(LLAMA, "layernorm"),
+    *_BIASES,
+    *_ALL_HEADS_NORMS,
+    Row(_LAYER + "post_attention_layernorm.weight", ("attention_norm", "scale"), "D", "D"),
+    Row(_LAYER + "post_feedforward_layernorm.weight", ("feed_forward_norm", "scale"), "D", "D"),
+)
+"""OLMo 2 and 3: the norm called `post_attention` is that of what attention gave."""
+
+COHERE2 = LLAMA + _BIASES
+"""Cohere 2; without a second norm, its parameter is not there and so neither is its row."""
+
+
+def _experts_one_by_one(router: str, expert: str, gate: str, up: str, down: str) -> tuple[Row, ...]:
+    return (
+        Row(f"{_LAYER}{router}.weight", ("feed_forward", "router"), "ED", "DE"),
+        Row(f"{_LAYER}{expert}.{gate}.weight", ("feed_forward", "gate"), "FD", "DF"),
+        Row(f"{_LAYER}{expert}.{up}.weight", ("feed_forward", "up"), "FD", "DF"),
+        Row(f"{_LAYER}{expert}.{down}.weight", ("feed_forward", "down"), "DF", "FD"),
+    )
+
+
+def _experts_fused(router: str, experts: str, gate_up: str, down: str) -> tuple[Row, ...]:
+    """All experts of a layer in one tensor, gate before up; `gate_up` and `down` are their axes."""
+    return (
+        Row(f"{_LAYER}{router}.weight", ("feed_forward", "router"), "ED", "DE"),
+        Row(f"{_LAYER}{experts}.gate_up_proj", ("feed_forward", "gate"), gate_up, "EDF", part=0),
+        Row(f"{_LAYER}{experts}.gate_up_proj", ("feed_forward", "up"), gate_up, "EDF", part=1),
+        Row(f"{_LAYER}{experts}.down_proj", ("feed_forward", "down"), down, "EFD"),
+    )
+
+
+MIXTRAL = LLAMA + _experts_one_by_one("block_sparse_moe.gate", "block_sparse_moe.experts.{e}", "w1", "w3", "w2")
+MIXTRAL_FUSED = LLAMA + _experts_fused("mlp.gate", "mlp.experts", "E(2F)D", "EDF")
+QWEN3_MOE = QWEN + _experts_one_by_one("mlp.gate", "mlp.experts.{e}", "gate_proj", "up_proj", "down_proj")
+QWEN3_MOE_FUSED = QWEN + _experts_fused("mlp.gate", "mlp.experts", "E(2F)D", "EDF")
+
+_LLAMA4 = (
+    *_without(LLAMA, "mlp."),
+    *_BIASES,
+    Row(_LAYER + "feed_forward.gate_proj.weight", ("feed_forward", "gate"), "FD", "DF"),
+    Row(_LAYER + "feed_forward.up_proj.weight", ("feed_forward", "up"), "FD", "DF"),
+    Row(_LAYER + "feed_forward.down_proj.weight", ("feed_forward", "down"), "DF", "FD"),
+    Row(_LAYER + "feed_forward.shared_expert.gate_proj.weight", ("feed_forward", "shared", "gate"), "SD", "DS"),
+    Row(_LAYER + "feed_forward.shared_expert.up_proj.weight", ("feed_forward", "shared", "up"), "SD", "DS"),
+    Row(_LAYER + "feed_forward.shared_expert.down_proj.weight", ("feed_forward", "shared", "down"), "DS", "SD"),
+)
+LLAMA4 = _LLAMA4 + _experts_fused("feed_forward.router", "feed_forward.experts", "ED(2F)", "EFD")
+"""Llama 4 text; fused experts are written for `x @ w`, unlike those of other families."""
+
+LLAMA4_ONE_BY_ONE = _LLAMA4 + _experts_one_by_one(
+    "feed_forward.router", "feed_forward.experts.{e}", "gate_proj", "up_proj", "down_proj"
+)
+"""The same as quantisable files have it."""
 
 LLAMA_IDLE = (r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", r"model\.rotary_emb\.inv_freq")
 """Tensors that old files hold and nothing reads: frequencies come from the config."""

@@ -8,17 +8,24 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import flax.linen as nn
+import jax
 import numpy as np
 
 from irope_jax.checkpoint.hf_names import Row
 from irope_jax.checkpoint.native import CheckpointError
+from irope_jax.core.config import ConfigError
 from irope_jax.model.config import ModelConfig
+from irope_jax.model.decoder import init_params
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+OTHER_PARTS = ("vision_model.", "multi_modal_projector.", "model.vision_model.", "model.multi_modal_projector.")
+"""Of models that also see; only their text part is read."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -52,6 +59,7 @@ class SafetensorsFolder:
                 "reading Hugging Face weights needs the library safetensors: `pip install 'irope-jax[hf]'`"
             ) from None
         self._safetensors, self.folder, self._open = safetensors, folder, {}
+        self._prefixed: dict[str, str] = {}
         self._places = self._locate()
 
     def _locate(self) -> dict[str, str]:
@@ -87,10 +95,19 @@ class SafetensorsFolder:
     def names(self) -> list[str]:
         return list(self._places)
 
+    def text_only(self) -> None:
+        """Of a model that also sees: forget the other parts, and the prefix that names of the text part have."""
+        text = {}
+        for name in self._places:
+            if name.startswith(OTHER_PARTS):
+                continue
+            text[re.sub(r"^(model\.)?language_model\.", r"\1" if name.startswith("model.") else "", name)] = name
+        self._prefixed, self._places = text, {short: self._places[name] for short, name in text.items()}
+
     def __getitem__(self, name: str) -> np.ndarray:
         file = self._places[name]
         try:
-            return self._file(file).get_tensor(name)
+            return self._file(file).get_tensor(self._prefixed.get(name, name))
         except (self._safetensors.SafetensorError, TypeError, ValueError) as error:
             raise CheckpointError(f"{self.folder / file}: cannot read {name!r} ({error})") from None
 
@@ -115,7 +132,7 @@ def read_params(
 
     Args:
       rows: the family's table.
-      model: what is to be read; its period is one layer.
+      model: what is to be read.
       names: tensors the source has.
       tensor: reads one by its name.
       idle: patterns of names that may be there and are not read.
@@ -126,11 +143,7 @@ def read_params(
       CheckpointError: tensors that are missing, not known, of another shape, of whole numbers or not finite; all
         unknown ones are listed.
     """
-    if len(model.period) != 1:
-        raise CheckpointError(f"{where}: a period of {len(model.period)} layers; the table is of one kind of layer")
-    rows = [row for row in rows if row.path != ("head",) or model.output_head == "untied"]
-    layers = lambda row: range(model.num_layers) if row.per_layer else (0,)
-    wanted = {row.name.format(i=i): (row, i) for row in rows for i in layers(row)}
+    wanted = wanted_tensors(rows, model)
     names = set(names)
     unknown = sorted(n for n in names - wanted.keys() if not any(re.fullmatch(pattern, n) for pattern in idle))
     if unknown:
@@ -139,30 +152,82 @@ def read_params(
     if missing := sorted(wanted.keys() - names):
         raise CheckpointError(f"{where}: tensors are missing: {', '.join(missing[:20])}")
     dtype = np.dtype(model.precision.params) if model.precision.params != "bfloat16" else _bfloat16()
-    params: dict[str, Any] = {}
-    for name, (row, layer) in wanted.items():
+    abstract, period, params = _abstract(model), len(model.period), {}
+    for name, places in wanted.items():
+        row, layer = places[0].row, places[0].layer
         found = tensor(name, row)
-        if found.shape != row.source_shape(model):
-            want = row.source_shape(model)
+        if found.shape != row.source_shape(model, layer):
+            want = row.source_shape(model, layer)
             raise CheckpointError(f"{where}: {name} has shape {list(found.shape)}, the config asks for {list(want)}")
         if found.dtype.kind in "iub":
             raise CheckpointError(f"{where}: {name} holds {found.dtype} numbers; quantised weights are not read")
         if not np.isfinite(found.astype(np.float32, copy=False)).all():
             raise CheckpointError(f"{where}: {name} holds values that are not finite")
-        ours = row.read(found, model)
-        path = ("periods", "layer_0", *row.path) if row.per_layer else row.path
-        *parents, leaf = path
-        node = params
-        for parent in parents:
-            node = node.setdefault(parent, {})
-        if row.per_layer:
+        for row, layer, expert in places:
+            *parents, leaf = path = _path(row, layer, period)
+            node = params
+            for parent in parents:
+                node = node.setdefault(parent, {})
             if leaf not in node:
-                node[leaf] = np.empty((model.num_layers, *ours.shape), dtype)
-            node[leaf][layer] = ours
-        else:
-            node[leaf] = np.ascontiguousarray(ours.astype(dtype))
+                node[leaf] = np.empty(_at(abstract, path).shape, dtype)
+            place = ((layer // period,) if row.per_layer else ()) + ((expert,) if row.per_expert else ())
+            node[leaf][place or ...] = row.read(found, model, layer)
         advance()
     return params
+
+
+class Place(NamedTuple):
+    """What of a tensor goes where: the row of the table, the layer, the expert (0 where there is none)."""
+
+    row: Row
+    layer: int
+    expert: int
+
+
+def wanted_tensors(rows: Sequence[Row], model: ModelConfig) -> dict[str, list[Place]]:
+    """Tensors of a model by name, each with the places it fills.
+
+    Raises:
+      ConfigError: a parameter for which the table has no name.
+    """
+    abstract, period = _abstract(model), len(model.period)
+    wanted: dict[str, list[Place]] = {}
+    named = set()
+    for row in rows:
+        for layer in range(model.num_layers) if row.per_layer else (0,):
+            path = _path(row, layer, period)
+            leaf = _at(abstract, path)
+            if leaf is None or len(leaf.shape) - row.per_layer != row.axes_of_ours:
+                continue
+            named.add(path)
+            for expert in range(model.layers[layer].ffn.num_experts) if row.per_expert else (0,):
+                wanted.setdefault(row.name.format(i=layer, e=expert), []).append(Place(row, layer, expert))
+    for keys, _ in jax.tree_util.tree_leaves_with_path(abstract):
+        if (path := tuple(key.key for key in keys)) not in named:
+            raise ConfigError("model", "/".join(path), "the format has no place for this parameter")
+    return wanted
+
+
+def layout_of(tables: Sequence[Sequence[Row]], model: ModelConfig, names: Iterable[str]) -> Sequence[Row]:
+    """The table by which a source has most of its tensors: experts in one tensor, or one by one."""
+    there = set(names)
+    return max(tables, key=lambda rows: len(there & wanted_tensors(rows, model).keys()))
+
+
+@lru_cache(maxsize=8)
+def _abstract(model: ModelConfig) -> Any:
+    """Shapes of a model's parameters; cached, for tracing a deep period takes a second."""
+    return nn.meta.unbox(jax.eval_shape(lambda: init_params(model, jax.random.key(0))))
+
+
+def _path(row: Row, layer: int, period: int) -> tuple[str, ...]:
+    return ("periods", f"layer_{layer % period}", *row.path) if row.per_layer else row.path
+
+
+def _at(tree: Any, path: tuple[str, ...]) -> Any:
+    for name in path:
+        tree = tree.get(name) if isinstance(tree, dict) else None
+    return tree
 
 
 def _bfloat16() -> np.dtype:

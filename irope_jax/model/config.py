@@ -19,7 +19,6 @@ from irope_jax.position.absolute import NoEmbedding, PositionEmbedding, Sinusoid
 from irope_jax.position.encoding import EXTENSIONS, NoPE, PositionSpec, RoPE
 from irope_jax.position.temperature import Constant, LogFloor, TemperatureSpec, in_training
 
-
 FfnSpec = SwiGLU | MoE
 """The union of feed-forward kinds."""
 

@@ -221,7 +221,8 @@ def _group_size(cfg: MoE, info: TokenInfo, parts: int) -> int | None:
         return length
     whole = length // parts if info.zigzag is None else length // (2 * parts)  # contiguous on a device
     if whole % cfg.dispatch.group:
-        fix = f"must divide {whole}, the tokens of a row that follow one another on a device; use {math.gcd(whole, cfg.dispatch.group)}"
+        usable = math.gcd(whole, cfg.dispatch.group)
+        fix = f"must divide {whole}, the tokens of a row that follow one another on a device; use {usable}"
         raise ConfigError("ffn.dispatch.group", cfg.dispatch.group, fix)
     return cfg.dispatch.group
 

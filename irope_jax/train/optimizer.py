@@ -6,6 +6,7 @@ import fnmatch
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+import flax.linen as nn
 import jax
 import optax
 
@@ -62,8 +63,8 @@ class OptimizerConfig:
       weight_decay: decoupled, multiplied by the rate.
       no_decay: glob patterns on the path of a parameter (`periods/layer_0/attention_norm/scale`) that are not decayed.
       clip_norm: the gradient is scaled down to this global norm; None leaves it.
-      trainable: glob patterns on paths of parameters that are trained (`*norm/scale`, `embedding`); the rest stays as it
-        is, without optimizer state. A path names a layer of the period, so all its repeats.
+      trainable: glob patterns on paths of parameters that are trained (`*norm/scale`, `embedding`); the rest stays as
+        it is, without optimizer state. A path names a layer of the period, so all its repeats.
       frozen: patterns of those that stay although `trainable` names them.
     """
 
@@ -127,7 +128,8 @@ def _matching(params: Any, patterns: tuple[str, ...]) -> Any:
         name = "/".join(str(getattr(k, "key", k)) for k in path)
         return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
 
-    return jax.tree_util.tree_map_with_path(matches, params)
+    # A box, in which parameters lie while a state is made, is a leaf: paths are the same with and without.
+    return jax.tree_util.tree_map_with_path(matches, params, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
 
 
 def decayed(params: Any, patterns: tuple[str, ...]) -> Any:
@@ -138,16 +140,13 @@ def decayed(params: Any, patterns: tuple[str, ...]) -> Any:
 def frozen(config: OptimizerConfig, params: Any) -> Any:
     """True at each leaf that stays as it is.
 
-    Args:
-      params: a tree of arrays, without boxes.
-
     Raises:
       ConfigError: a pattern that matches nothing, or nothing left to train; names the field.
     """
     for field in ("trainable", "frozen"):
         for pattern in getattr(config, field):
             if not any(jax.tree.leaves(_matching(params, (pattern,)))):
-                paths = jax.tree_util.tree_leaves_with_path(params)
+                paths = jax.tree_util.tree_leaves_with_path(nn.meta.unbox(params))
                 names = sorted({"/".join(str(getattr(k, "key", k)) for k in path) for path, _ in paths})
                 raise ConfigError(
                     f"train.optimizer.{field}", pattern, f"matches no parameter; {nearest(pattern, names)}"
@@ -170,9 +169,10 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             b2=config.b2,
             eps=config.eps,
             weight_decay=config.weight_decay,
-            mask=lambda params: decayed(params, config.no_decay),
+            mask=lambda params: decayed(params, config.no_decay + MOVED_BY_RULE),
         ),
     )
     if config.trainable == ("*",) and not config.frozen:
         return adamw
-    return optax.transforms.selective_transform(adamw, freeze_mask=lambda params: frozen(config, params))
+    labels = lambda params: jax.tree.map(lambda kept: "frozen" if kept else "trained", frozen(config, params))
+    return optax.partition({"trained": adamw, "frozen": optax.set_to_zero()}, labels)
