@@ -276,7 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             traceback.print_exc()
         else:
             print(f"irope: error: {error}", file=sys.stderr)
-        return _leave(1)
+        return _leave(getattr(error, "exit_code", 1))
 
 
 def _others_wait() -> bool:

@@ -11,13 +11,15 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
+from irope_jax.checkpoint.hf_families import FAMILIES
+from irope_jax.checkpoint.hf_weights import wanted_tensors
 from irope_jax.context.layout import ContextLayout
 from irope_jax.context.strategy import CallShape, Promises, decide, megabytes
 from irope_jax.core.config import ConfigError, fingerprint, to_dict
 from irope_jax.core.hosts import avoid_absent_tpu
 from irope_jax.experiment import Experiment, check_devices, load_config, resolve
-from irope_jax.model.config import draw_layers
-from irope_jax.model.cost import parameter_counts, train_flops_per_token
+from irope_jax.model.config import ModelConfig, draw_layers
+from irope_jax.model.cost import active_parameters, parameter_counts, train_flops_per_token
 from irope_jax.sharding.mesh import MeshConfig, abstract_mesh
 from irope_jax.train.optimizer import make_optimizer
 from irope_jax.train.state import state_shardings
@@ -36,6 +38,11 @@ def show_verb(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> int
     for part, count in sorted(counts.items(), key=lambda item: -item[1]):
         print(f"  {part:<14}{count:>16,}")
     print(f"  {'total':<14}{sum(counts.values()):>16,}")
+    active = active_parameters(experiment.model, counts)
+    if active != sum(counts.values()):
+        print(f"  {'for a token':<14}{active:>16,}")
+    if named := names_in_hugging_face(experiment.model):
+        print(f"  in Hugging Face files: {named[1]:,} tensors, named as in {named[0]}")
     length = experiment.data.seq_len
     tokens = experiment.train.steps * experiment.data.batch_size * length
     flops = train_flops_per_token(experiment.model, length, counts)
@@ -50,6 +57,16 @@ def show_verb(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> int
         lines = [f"does not fit {_devices(count)}: {error}", "see it on another number of devices with --devices=N"]
     print("\n" + "\n".join(lines))
     return 0
+
+
+def names_in_hugging_face(model: ModelConfig) -> tuple[str, int] | None:
+    """The first family that has a name for every parameter, and in how many tensors; None if there is none."""
+    for name, family in FAMILIES.items():
+        try:
+            return name, len(wanted_tensors(family.tables[0], model))
+        except ConfigError:
+            continue
+    return None
 
 
 def layout_lines(experiment: Experiment, device_count: int) -> list[str]:

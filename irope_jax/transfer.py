@@ -42,6 +42,12 @@ log = logging.getLogger(__name__)
 TOKENIZER = "tokenizer.json"
 
 
+class SourceError(CheckpointError):
+    """A source that cannot be imported: an argument of the command is wrong, not a run that broke."""
+
+    exit_code = 2
+
+
 @dataclass(frozen=True)
 class Imported:
     """What a source holds.
@@ -128,7 +134,10 @@ def import_verb(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> i
     source, target = Path(args.source), Path(args.target)
     if os.path.lexists(target):
         raise ConfigError("DST", str(target), "is there already; choose another, or remove it")
-    found = read_source(source)
+    try:
+        found = read_source(source)
+    except CheckpointError as error:
+        raise SourceError(str(error)) from error
     with _in_full(target) as folder:
         experiment = _experiment(found, source, target.name, folder, overrides)
         params = _params_for(experiment.model, found)

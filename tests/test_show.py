@@ -4,6 +4,7 @@ import contextlib
 import io
 import math
 import re
+from pathlib import Path
 
 import jax
 import pytest
@@ -164,3 +165,16 @@ def test_bytes_of_a_model_by_hand(tmp_path):
     totals = {name: number(cell) for name, cell, *_ in table(out.splitlines(), "held")}
     assert totals["parameters"] == 4 * count and totals["gradients"] == 4 * count
     assert math.isclose(totals["optimizer state"], 8 * count, abs_tol=16)
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "active", "tensors"),
+    [("scout", 107_769_861_120, 17_172_894_720, 579), ("maverick", 400_711_848_960, 17_184_691_200, 507)],
+)
+def test_the_two_of_llama_4_have_their_sizes(name, total, active, tensors, capfd):
+    config = Path(__file__).parent.parent / "configs" / f"llama4_{name}.py"
+    assert cli.main(["show", f"--config={config}"]) == 0
+    told = {line.split()[0]: line for line in capfd.readouterr().out.splitlines() if line.strip()}
+    assert number(told["total"].split()[-1]) == total
+    assert number(told["for"].split()[-1]) == active
+    assert f"{tensors} tensors, named as in llama4_text" in told["in"]

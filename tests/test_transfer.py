@@ -102,18 +102,18 @@ def test_what_fails_leaves_nothing(tmp_path, capfd):
     (other / "config.json").write_text(json.dumps(CONFIG | {"model_type": "mamba"}))
     dst = tmp_path / "out" / "model"
     for path, code, message in (
-        (broken, 1, "not a whole safetensors file"),
+        (broken, 2, "not a whole safetensors file"),
         (small, 2, "vocab_size=32: without a tokenizer.json, text as bytes needs 267 tokens"),
         (other, 2, "config.json.model_type='mamba'"),
-        (tmp_path / "nothing", 1, "no such file or folder"),
-        (src / "config.json", 1, "not a model"),
+        (tmp_path / "nothing", 2, "no such file or folder"),
+        (src / "config.json", 2, "not a model"),
     ):
         capfd.readouterr()
         assert cli.main(["import", str(path), str(dst)]) == code
         assert message in capfd.readouterr().err.strip().splitlines()[-1]
         assert not dst.exists() and not (dst.parent.exists() and list(dst.parent.iterdir()))
     (src / "tokenizer.json").write_bytes(b"\xff\xfe")
-    assert cli.main(["import", str(src), str(dst)]) == 1
+    assert cli.main(["import", str(src), str(dst)]) == 2
     assert "tokenizer.json: not a readable text file" in capfd.readouterr().err
     (src / "tokenizer.json").unlink()
     assert cli.main(["import", str(src), str(src / "config.json" / "model")]) == 2
