@@ -143,10 +143,11 @@ examples:
         "import",
         "a Hugging Face or GGUF model as a run directory",
         """\
-Read a model of the plain Llama family (dense, RoPE, full attention) and make it a run directory, which `irope eval`,
-`irope search-rope` and `train.init_from` take like one that was trained here. SRC is a folder with config.json and
-safetensors, or a .gguf file, whose weights are dequantised. Only safetensors, JSON and GGUF are read; nothing in them
-is executed. What this package cannot compute exactly is an error that names it; DST appears only when it is whole.
+Read a Llama 2 to 4, Mistral, Mixtral, Qwen 2 or 3, SmolLM 3, Cohere 2 or OLMo 2 or 3 and make it a run directory, which
+`irope eval`, `irope search-rope` and `train.init_from` take like one that was trained here. SRC is a folder with
+config.json and safetensors, or a .gguf file of a plain Llama, whose weights are dequantised. Only safetensors, JSON and
+GGUF are read; nothing in them is executed. What this package cannot compute exactly is an error that names it; DST
+appears only when it is whole.
 
 examples:
   irope import ~/models/SmolLM2-135M runs/smollm2

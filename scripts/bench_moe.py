@@ -4,7 +4,7 @@
     python scripts/bench_moe.py --target=v5p:2x2x1           # compiled for chips that nobody has here, never run
 
 Forward and gradients of one layer's experts: ours on one device, ours with experts over four (tokens travel, weights
-travel), and plain differentiation of `jax.lax.ragged_dot`. FLOPs are of matrix products, loops multiplied out, a device.
+travel), and plain differentiation of `jax.lax.ragged_dot`. FLOPs are of matrix products, loops multiplied out.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import jax  # noqa: E402
-import jax.numpy as jnp  # noqa: E402
+import jax
+import jax.numpy as jnp
 
-from irope_jax.core.types import TokenInfo  # noqa: E402
-from irope_jax.model.moe import ExpertWeights, MoE, mixture  # noqa: E402
-from irope_jax.model.routing import Routing  # noqa: E402
-from irope_jax.plan.hlo import analyse  # noqa: E402
-from irope_jax.plan.targets import target_devices, target_mesh, targeting  # noqa: E402
-from irope_jax.sharding.mesh import MeshConfig, make_mesh  # noqa: E402
+from irope_jax.core.types import TokenInfo
+from irope_jax.model.moe import ExpertWeights, MoE, mixture
+from irope_jax.model.routing import Routing
+from irope_jax.plan.hlo import analyse
+from irope_jax.plan.targets import target_devices, target_mesh, targeting
+from irope_jax.sharding.mesh import MeshConfig, make_mesh
 
 
 def cost(function, *shapes) -> str:
