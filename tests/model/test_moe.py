@@ -96,14 +96,14 @@ def loss(cfg, x, logits, weights, at):
 
 
 MESHES = [
-    (MeshConfig(data=1, fsdp=2, context=2, expert=2, tensor=1), "auto"),
-    (MeshConfig(data=1, expert=4, tensor=2), "tokens"),
-    (MeshConfig(data=2, expert=2, tensor=2), "weights"),
+    (MeshConfig(data=1, fsdp=2, context=2, expert=2, tensor=1), "auto", Dropless()),
+    (MeshConfig(data=1, expert=4, tensor=2), "tokens", Dropless()),
+    (MeshConfig(data=2, expert=2, tensor=2), "weights", Dropless()),
+    (MeshConfig(data=1, expert=4, context=2), "tokens", Capacity(1.0, 8)),
 ]
 
 
-@pytest.mark.parametrize(("mesh", "exchange"), MESHES)
-@pytest.mark.parametrize("dispatch", [Dropless(), Capacity(1.0, 8)])
+@pytest.mark.parametrize(("mesh", "exchange", "dispatch"), MESHES)
 def test_every_mesh_gives_the_same(mesh, exchange, dispatch):
     x, logits, weights = made()
     x, logits = (jnp.concatenate([z, z[::-1] + 0.1]) for z in (x, logits))
