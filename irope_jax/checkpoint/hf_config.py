@@ -11,7 +11,7 @@ from typing import Any
 
 from irope_jax.checkpoint.hf_families import FAMILIES, Family, Values
 from irope_jax.core.config import ConfigError, nearest
-from irope_jax.model.config import ModelConfig
+from irope_jax.model.config import ModelConfig, shortest_period
 
 _MUST_BE = {
     "hidden_act": ("silu", "swish"),
@@ -92,7 +92,7 @@ def model_from_hf(given: Mapping[str, Any]) -> ModelConfig:
         num_heads=heads,
         num_kv_heads=values.whole("num_key_value_heads", heads),
         head_dim=values.whole("head_dim", width // heads),
-        pattern=_shortest(family.layers(values)),
+        pattern=shortest_period(family.layers(values)),
         output_head="tied" if values.flag("tie_word_embeddings") else "untied",
         norm_eps=values.number(family.eps, 0, 1),
         **family.options(values),
@@ -102,12 +102,6 @@ def model_from_hf(given: Mapping[str, Any]) -> ModelConfig:
 def _among(value: Any, allowed: tuple) -> bool:
     """Whether it is one of them, of the same type: 0 is not False."""
     return any(value == one and isinstance(value, bool) == isinstance(one, bool) for one in allowed)
-
-
-def _shortest(layers: tuple) -> tuple:
-    """The layers that repeat."""
-    sizes = (size for size in range(1, len(layers) + 1) if len(layers) % size == 0)
-    return next(layers[:size] for size in sizes if layers[:size] * (len(layers) // size) == layers)
 
 
 def context_length(values: Mapping[str, Any]) -> int:

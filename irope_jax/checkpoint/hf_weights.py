@@ -20,7 +20,7 @@ from irope_jax.checkpoint.hf_names import Row
 from irope_jax.checkpoint.native import CheckpointError
 from irope_jax.core.config import ConfigError
 from irope_jax.model.config import ModelConfig
-from irope_jax.model.decoder import init_params
+from irope_jax.model.cost import abstract_params
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -217,7 +217,7 @@ def layout_of(tables: Sequence[Sequence[Row]], model: ModelConfig, names: Iterab
 @lru_cache(maxsize=8)
 def _abstract(model: ModelConfig) -> Any:
     """Shapes of a model's parameters; cached, for tracing a deep period takes a second."""
-    return nn.meta.unbox(jax.eval_shape(lambda: init_params(model, jax.random.key(0))))
+    return nn.meta.unbox(abstract_params(model))
 
 
 def _path(row: Row, layer: int, period: int) -> tuple[str, ...]:

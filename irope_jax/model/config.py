@@ -22,6 +22,8 @@ from irope_jax.position.temperature import Constant, LogFloor, TemperatureSpec, 
 FfnSpec = SwiGLU | MoE
 """The union of feed-forward kinds."""
 
+QkNorm = Literal["none", "rms", "learned", "learned_all_heads"]
+
 
 @dataclass(frozen=True)
 class LayerSpec:
@@ -41,7 +43,7 @@ class LayerSpec:
     mask: MaskSpec
     ffn: FfnSpec
     temperature: TemperatureSpec = Constant()
-    qk_norm: Literal["none", "rms", "learned", "learned_all_heads"] = "none"
+    qk_norm: QkNorm = "none"
 
     def __post_init__(self):
         if isinstance(self.position, EXTENSIONS) and not isinstance(self.mask, Global):
@@ -154,11 +156,13 @@ class ModelConfig:
     @property
     def period(self) -> tuple[LayerSpec, ...]:
         """The shortest tuple of layers whose repetition is the model; the decoder scans over it."""
-        layers = self.layers
-        for size in range(1, len(layers) + 1):
-            if len(layers) % size == 0 and layers[:size] * (len(layers) // size) == layers:
-                return layers[:size]
-        return layers
+        return shortest_period(self.layers)
+
+
+def shortest_period(layers: tuple[LayerSpec, ...]) -> tuple[LayerSpec, ...]:
+    """The fewest of these layers whose repetition gives all of them."""
+    sizes = (size for size in range(1, len(layers) + 1) if len(layers) % size == 0)
+    return next(layers[:size] for size in sizes if layers[:size] * (len(layers) // size) == layers)
 
 
 def irope_layers(
@@ -168,7 +172,7 @@ def irope_layers(
     theta: float = 500_000.0,
     interval: int = 4,
     temperature: TemperatureSpec | None = None,
-    qk_norm: Literal["none", "rms", "learned", "learned_all_heads"] = "none",
+    qk_norm: QkNorm = "none",
 ) -> tuple[LayerSpec, ...]:
     """The period of Llama 4: `interval - 1` chunk-local RoPE layers, then one global NoPE layer with temperature.
 

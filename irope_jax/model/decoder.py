@@ -13,7 +13,7 @@ from irope_jax.core.config import ConfigError
 from irope_jax.core.types import TokenInfo
 from irope_jax.model.config import LayerSpec, ModelConfig
 from irope_jax.model.feed_forward import FeedForward
-from irope_jax.model.layers import NORMS
+from irope_jax.model.layers import Norm
 from irope_jax.model.moe import MixtureOfExperts, MoE
 from irope_jax.model.routing import RouterSums
 from irope_jax.model.self_attention import SelfAttention
@@ -40,7 +40,7 @@ class DecoderLayer(nn.Module):
     @nn.compact
     def __call__(self, x_BTD: jax.Array, info: TokenInfo, turns: Turns | None = None) -> jax.Array:
         cfg, ffn = self.config, self.layer.ffn
-        norm = lambda name: NORMS[cfg.norm](cfg.norm_eps, cfg.precision, name=name)
+        norm = lambda name: Norm(cfg.norm, cfg.norm_eps, cfg.precision, name=name)
         attention = SelfAttention(cfg, self.layer, name="attention")
         options = dict(precision=cfg.precision, init_std=cfg.init_std, out_std=cfg.residual_std, name="feed_forward")
         if isinstance(ffn, MoE):
@@ -119,7 +119,7 @@ class Decoder(nn.Module):
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         self.periods = scanned(cfg)
-        self.final_norm = NORMS[cfg.norm](cfg.norm_eps, cfg.precision)
+        self.final_norm = Norm(cfg.norm, cfg.norm_eps, cfg.precision)
 
     def __call__(self, tokens_BT: jax.Array, info: TokenInfo, turns: PeriodTurns = None) -> jax.Array:
         """Hidden states `[B, T, D]` after the final norm, times `logit_scale`, in the compute type.

@@ -19,6 +19,7 @@ from jax import lax
 _ROWS_OF_A_TILE = (32, 512)
 
 
+@jax.custom_vjp
 def grouped_dot(x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Array:
     """`x[row] @ w[group of row]`, `[M, F]` in the type of `x_MD`; products accumulate in float32.
 
@@ -29,16 +30,11 @@ def grouped_dot(x_MD: jax.Array, w_EDF: jax.Array, sizes_E: jax.Array) -> jax.Ar
 
     Reverse mode, first order only; inside `shard_map` it needs `check_vma=False`.
     """
-    return _grouped_dot(x_MD, w_EDF, sizes_E)
-
-
-@jax.custom_vjp
-def _grouped_dot(x_MD, w_EDF, sizes_E):
     return _product(x_MD, w_EDF, sizes_E, contract=1)
 
 
 def _forward(x_MD, w_EDF, sizes_E):
-    return _grouped_dot(x_MD, w_EDF, sizes_E), (x_MD, w_EDF, sizes_E)
+    return _product(x_MD, w_EDF, sizes_E, contract=1), (x_MD, w_EDF, sizes_E)
 
 
 def _backward(saved, d_out_MF):
@@ -47,7 +43,7 @@ def _backward(saved, d_out_MF):
     return d_x, _outer(x_MD, d_out_MF, sizes_E).astype(w_EDF.dtype), None
 
 
-_grouped_dot.defvjp(_forward, _backward)
+grouped_dot.defvjp(_forward, _backward)
 
 
 def _product(x_MA, w_EDF, sizes_E, contract: int) -> jax.Array:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -15,12 +17,16 @@ def rms_normalise(x: jax.Array, eps: float, axis: int | tuple[int, ...] = -1) ->
     return (x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=axis, keepdims=True) + eps)).astype(x.dtype)
 
 
-class RMSNorm(nn.Module):
-    """Root-mean-square norm with a learned weight per feature (Zhang & Sennrich 2019).
+class Norm(nn.Module):
+    """RMS norm (Zhang & Sennrich 2019) or layer norm (Ba et al. 2016), with a learned weight per feature and no bias.
 
-    The normalised value is rounded to the compute type before the weight multiplies it, as Llama does.
+    float32 inside; the normalised value is rounded to the compute type before the weight multiplies it, as Llama does.
+
+    Attributes:
+      kind: `rms`, or `layer`, which subtracts the mean first.
     """
 
+    kind: Literal["rms", "layer"]
     eps: float
     precision: Precision
 
@@ -32,26 +38,7 @@ class RMSNorm(nn.Module):
             (x_BTD.shape[-1],),
             jnp.dtype(self.precision.params),
         )
-        return rms_normalise(x_BTD, self.eps) * scale_D.astype(x_BTD.dtype)
-
-
-class LayerNorm(nn.Module):
-    """Layer norm (Ba et al. 2016) with a learned weight per feature and no bias; float32 inside, as Cohere's."""
-
-    eps: float
-    precision: Precision
-
-    @nn.compact
-    def __call__(self, x_BTD: jax.Array) -> jax.Array:
-        scale_D = self.param(
-            "scale",
-            nn.with_logical_partitioning(nn.initializers.ones_init(), ("features",)),
-            (x_BTD.shape[-1],),
-            jnp.dtype(self.precision.params),
-        )
-        x32 = x_BTD.astype(jnp.float32)
-        x32 = x32 - jnp.mean(x32, axis=-1, keepdims=True)
-        return rms_normalise(x32, self.eps).astype(x_BTD.dtype) * scale_D.astype(x_BTD.dtype)
-
-
-NORMS = {"rms": RMSNorm, "layer": LayerNorm}
+        centred = x_BTD.astype(jnp.float32)
+        if self.kind == "layer":
+            centred = centred - jnp.mean(centred, axis=-1, keepdims=True)
+        return rms_normalise(centred, self.eps).astype(x_BTD.dtype) * scale_D.astype(x_BTD.dtype)

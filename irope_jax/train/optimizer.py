@@ -121,12 +121,15 @@ MOVED_BY_RULE = ("*/balance_bias",)
 """Parameters that no gradient moves, whatever a config says."""
 
 
+def _path(keys: tuple) -> str:
+    return jax.tree_util.keystr(keys, simple=True, separator="/")
+
+
 def _matching(params: Any, patterns: tuple[str, ...]) -> Any:
     """True at each leaf whose path matches one of the patterns."""
 
     def matches(path, _):
-        name = "/".join(str(getattr(k, "key", k)) for k in path)
-        return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+        return any(fnmatch.fnmatchcase(_path(path), pattern) for pattern in patterns)
 
     # A box, in which parameters lie while a state is made, is a leaf: paths are the same with and without.
     return jax.tree_util.tree_map_with_path(matches, params, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
@@ -147,7 +150,7 @@ def frozen(config: OptimizerConfig, params: Any) -> Any:
         for pattern in getattr(config, field):
             if not any(jax.tree.leaves(_matching(params, (pattern,)))):
                 paths = jax.tree_util.tree_leaves_with_path(nn.meta.unbox(params))
-                names = sorted({"/".join(str(getattr(k, "key", k)) for k in path) for path, _ in paths})
+                names = sorted(_path(path) for path, _ in paths)
                 raise ConfigError(
                     f"train.optimizer.{field}", pattern, f"matches no parameter; {nearest(pattern, names)}"
                 )
