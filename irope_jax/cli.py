@@ -27,6 +27,7 @@ A run is a config file; every value of it can be changed on the command line:
   irope eval   runs/debug                                     evaluate its newest checkpoint
   irope report runs/debug runs/deep                           tables and pictures of several runs on one page
   irope import model.gguf runs/model                          a Hugging Face or GGUF model as a run directory
+  irope export runs/model exported/model                      a run as a Hugging Face folder
   irope search-rope --checkpoint=runs/extend_tiny --config=configs/search_rope.py:tiny
                                                               factors that stretch a trained RoPE model
 """
@@ -159,6 +160,35 @@ examples:
     )
     bring.add_argument("source", metavar="SRC", help="folder or .gguf file")
     bring.add_argument("target", metavar="DST", help="run directory to make; must not be there")
+
+    give = verb(
+        "export",
+        "a run as a Hugging Face folder",
+        """\
+Write a checkpoint as a folder that transformers, and what else reads its files, loads: safetensors, config.json,
+generation_config.json and the tokenizer. The family is the first whose config can say the model: one that was imported
+goes back as what it was, iRoPE becomes llama4_text. What the family cannot say is an error that names it. Weights pass
+block by block; DST appears only when it is whole.
+
+examples:
+  irope export runs/quickstart/irope exported/irope
+  irope export runs/model exported/model --dtype=bfloat16 --shard-size=2 --verify
+  irope export runs/model exported/model --family=smollm3
+""",
+        "Values of the run's config are changed as in `irope train`, to say what the family can: --config.a.b=VALUE.",
+    )
+    give.add_argument("run", metavar="RUN", help="run directory")
+    give.add_argument("target", metavar="DST", help="folder to make; must not be there")
+    give.add_argument("--step", type=int, metavar="N", help="checkpoint to read (default: the newest)")
+    give.add_argument("--family", metavar="NAME", help="model_type to write (default: the first that can say it)")
+    give.add_argument("--dtype", metavar="TYPE", help="float32, bfloat16 or float16 (default: as imported or trained)")
+    give.add_argument("--context", type=int, metavar="N", help="tokens the config says it reads (default: as trained)")
+    give.add_argument("--shard-size", type=float, default=5, metavar="GB", help="at most so much a file (default: 5)")
+    give.add_argument(
+        "--verify",
+        action="store_true",
+        help="read the result back, and compare logits with transformers if it is installed",
+    )
 
     search = verb(
         "search-rope",

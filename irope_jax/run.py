@@ -24,6 +24,7 @@ from irope_jax.core.hosts import (
 from irope_jax.core.records import ConfigChangedError, NullWriter, RecordError, RunWriter, load_run
 from irope_jax.evals.registry import build_evaluators
 from irope_jax.experiment import check_devices, load_config, resolve, run_config
+from irope_jax.export import export_verb
 from irope_jax.model.config import draw_layers
 from irope_jax.position.longrope_search import SearchError
 from irope_jax.search import search_rope_verb
@@ -174,6 +175,7 @@ def report_verb(args: argparse.Namespace, overrides: Overrides) -> int:
 VERBS = {
     "train": train_verb,
     "eval": eval_verb,
+    "export": export_verb,
     "import": import_verb,
     "report": report_verb,
     "search-rope": search_rope_verb,

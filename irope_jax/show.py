@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
 from irope_jax.checkpoint.hf_families import FAMILIES
-from irope_jax.checkpoint.hf_weights import wanted_tensors
+from irope_jax.checkpoint.hf_places import wanted_tensors
 from irope_jax.context.layout import ContextLayout
 from irope_jax.context.strategy import CallShape, Promises, decide, megabytes
 from irope_jax.core.config import ConfigError, fingerprint, to_dict

@@ -16,6 +16,7 @@ from tests.checkpoint.test_gguf import TOKENS, write
 from tests.checkpoint.test_hf_weights import CONFIG, folder, tensors
 
 VOCABULARY = 288
+BYTES = "--config.data.tokenizer={'kind': 'bytes'}"
 
 
 def source(path: Path) -> Path:
@@ -30,14 +31,14 @@ def source(path: Path) -> Path:
 
 def test_an_imported_model_is_a_run_directory(tmp_path, capfd, monkeypatch):
     src, dst = source(tmp_path / "hf"), tmp_path / "runs" / "model"
-    assert cli.main(["import", str(src), str(dst), "--config.evals.0.tokens=64"]) == 0
+    assert cli.main(["import", str(src), str(dst), "--config.evals.0.tokens=64", BYTES]) == 0
     assert "parameters" in capfd.readouterr().out
     assert [p.name for p in dst.parent.iterdir()] == ["model"]  # no temporary folder stays
     experiment = resolve(run_config(dst))
     mesh = make_mesh(MeshConfig())
     params, step = load_params(dst, experiment.model, mesh)
     assert step == 0
-    assert_equal_trees(params, read_source(src, quiet=True).params)
+    assert_equal_trees(params, read_source(src).params)
     started, _ = params_from(str(dst), experiment.model, mesh)
     assert_equal_trees(started, params)
     monkeypatch.chdir(tmp_path)
@@ -68,10 +69,10 @@ def test_special_tokens_are_named_by_text_or_by_number(tmp_path):
     src = folder(tmp_path / "hf", config=config)
     added = [{"id": 0, "content": "<s>"}, {"id": 1, "content": "</s>"}, {"id": 2, "content": "<eot>"}]
     (src / "tokenizer.json").write_text(json.dumps({"added_tokens": added}))
-    assert read_source(src, quiet=True).special == {"bos": "<s>", "eos": "</s>"}
+    assert read_source(src).special == {"bos": "<s>", "eos": "</s>"}
     named = {"bos_token": None, "eos_token": {"content": "<eot>"}, "pad_token": None}
     (src / "tokenizer_config.json").write_text(json.dumps(named))
-    assert read_source(src, quiet=True).special == {"bos": "<s>", "eos": "<eot>"}
+    assert read_source(src).special == {"bos": "<s>", "eos": "<eot>"}
 
 
 def test_layers_may_be_changed_on_the_way_and_widths_may_not(tmp_path, capfd):
@@ -84,8 +85,8 @@ def test_layers_may_be_changed_on_the_way_and_widths_may_not(tmp_path, capfd):
     ffn = dict(kind="swiglu", hidden_dim=CONFIG["intermediate_size"])
     local = dict(position=dict(kind="rope"), mask=dict(kind="chunked", size=8), ffn=ffn)
     layers = [local, dict(position=dict(kind="nope"), mask=dict(kind="global"), ffn=ffn)]
-    assert cli.main(["import", str(src), str(plain), few]) == 0
-    assert cli.main(["import", str(src), str(dst), few, f"--config.model.pattern={layers}"]) == 0
+    assert cli.main(["import", str(src), str(plain), few, BYTES]) == 0
+    assert cli.main(["import", str(src), str(dst), few, BYTES, f"--config.model.pattern={layers}"]) == 0
     experiment, mesh = resolve(run_config(dst)), make_mesh(MeshConfig())
     params, _ = load_params(dst, experiment.model, mesh)
     assert set(params["periods"]) == {"layer_0", "layer_1"}
@@ -97,13 +98,14 @@ def test_what_fails_leaves_nothing(tmp_path, capfd):
     src = source(tmp_path / "hf")
     broken = shutil.copytree(src, tmp_path / "broken")
     (broken / "model.safetensors").write_bytes(b"\x00" * 10)
-    small = folder(tmp_path / "small")
+    weights = tensors() | {"model.norm.weight": np.full(12, np.nan, np.float32)}
+    broken_inside = folder(tmp_path / "inside", weights)
     other = shutil.copytree(src, tmp_path / "other")
     (other / "config.json").write_text(json.dumps(CONFIG | {"model_type": "mamba"}))
     dst = tmp_path / "out" / "model"
     for path, code, message in (
         (broken, 2, "not a whole safetensors file"),
-        (small, 2, "vocab_size=32: without a tokenizer.json, text as bytes needs 267 tokens"),
+        (broken_inside, 2, "model.norm.weight holds values that are not finite"),
         (other, 2, "config.json.model_type='mamba'"),
         (tmp_path / "nothing", 2, "no such file or folder"),
         (src / "config.json", 2, "not a model"),
@@ -124,3 +126,13 @@ def test_what_fails_leaves_nothing(tmp_path, capfd):
     dst.mkdir(parents=True)
     assert cli.main(["import", str(src), str(dst)]) == 2
     assert "is there already" in capfd.readouterr().err
+
+
+def test_a_model_without_a_tokenizer_knows_ids_only(tmp_path, capfd):
+    src = folder(tmp_path / "hf", config=CONFIG | {"bos_token_id": 3, "eos_token_id": [4, 5], "pad_token_id": 99})
+    assert cli.main(["import", str(src), str(tmp_path / "run")]) == 0
+    tokenizer = resolve(run_config(tmp_path / "run")).data.tokenizer
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (32, 3, 4, 0)
+    capfd.readouterr()
+    assert cli.main(["eval", str(tmp_path / "run")]) == 2
+    assert "there is no tokenizer; give one" in capfd.readouterr().err

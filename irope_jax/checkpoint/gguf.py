@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from irope_jax.attention.mask import Global
-from irope_jax.checkpoint.hf_names import LLAMA_GGUF, Row
-from irope_jax.checkpoint.hf_weights import read_params
+from irope_jax.checkpoint.hf_names import LLAMA_GGUF
+from irope_jax.checkpoint.hf_weights import Reading, open_reading
 from irope_jax.checkpoint.native import CheckpointError
 from irope_jax.core.config import ConfigError
 from irope_jax.model.config import LayerSpec, ModelConfig
@@ -152,29 +152,43 @@ class GgufFile:
             return Linear(factor)
         return YaRN(factor, self._whole("rope.scaling.original_context_length"))
 
-    def tensor(self, name: str) -> np.ndarray:
-        """A tensor, dequantised to float32, axes as llama.cpp's source format (transformers') has them."""
-        found = self._tensors[name]
+    @property
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    @property
+    def where(self) -> str:
+        return str(self.path)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Axes as llama.cpp's source format (transformers') has them."""
+        return tuple(int(size) for size in self._tensors[name].shape[::-1])
+
+    def rows(self, name: str, rows: slice) -> np.ndarray:
+        """Rows of a tensor, dequantised to float32."""
+        found, shape = self._tensors[name], self.shape(name)
+        data = np.asarray(found.data)
+        if len(shape) > 1 and data.ndim > 1 and data.shape[0] == shape[0]:
+            data, shape = data[rows], (len(range(*rows.indices(shape[0]))), *shape[1:])
+            rows = slice(None)
         try:
-            values = self._gguf.quants.dequantize(found.data, found.tensor_type)
-            return np.asarray(values, np.float32).reshape([int(size) for size in found.shape[::-1]])
+            values = self._gguf.quants.dequantize(data, found.tensor_type)
+            return np.asarray(values, np.float32).reshape(shape)[rows]
         except Exception as error:
             raise CheckpointError(f"{self.path}: cannot read {name!r} ({error or type(error).__name__})") from None
 
-    def params(self, model: ModelConfig, advance: Callable[[], None] = lambda: None) -> dict[str, Any]:
-        """Our parameters; raises `CheckpointError` as `hf_weights.read_params`."""
+    def tensor(self, name: str) -> np.ndarray:
+        """All of a tensor."""
+        return self.rows(name, slice(None))
 
-        def read(name: str, row: Row) -> np.ndarray:
-            found = self.tensor(name)
-            return halves(found, model.head_dim) if row.rotated and found.ndim == 2 else found
+    def reading(self, model: ModelConfig) -> Reading:
+        """What is to be read; raises `CheckpointError` as `hf_weights.open_reading`.
 
-        return read_params(
-            LLAMA_GGUF, model, self._tensors, read, idle=(r"rope_freqs\.weight",), where=self.path, advance=advance
-        )
-
-    @property
-    def tensor_count(self) -> int:
-        return len(self._tensors)
+        llama.cpp turns neighbours, so rows of q and k lie in that order, which no key of the file says.
+        """
+        turned = lambda layer: replace(layer, position=replace(layer.position, pairing="interleaved"))
+        there = replace(model, pattern=tuple(map(turned, model.pattern)))
+        return open_reading(LLAMA_GGUF, there, self, self.names, idle=(r"rope_freqs\.weight",))
 
     def tokenizer_json(self) -> str | None:
         """The tokenizer as a Hugging Face `tokenizer.json`; None, with a logged reason, if it is of no known kind.
@@ -225,8 +239,3 @@ class GgufFile:
 _SPLITS = {"smollm": True, "gpt-2": False}
 """How text is cut before pairs merge, by `tokenizer.ggml.pre`: whether digits stand alone first. Files without it, or
 with `default`, may be of any tokenizer: their ids would be a guess."""
-
-
-def halves(w: np.ndarray, head_dim: int) -> np.ndarray:
-    """Rows of q or k `[(heads H), D]` whose pairs are neighbours, with the two of a pair half a head apart."""
-    return w.reshape(-1, head_dim // 2, 2, w.shape[-1]).swapaxes(1, 2).reshape(w.shape)

@@ -32,7 +32,7 @@ _READ = (
     "model_type",
 )  # fmt: skip
 
-_IDLE = (
+IDLE = (
     "architectures", "_name_or_path", "transformers_version", "torch_dtype", "dtype", "use_cache", "initializer_range",
     "bos_token_id", "eos_token_id", "pad_token_id", "is_llama_config", "output_attentions",
     "output_hidden_states", "return_dict", "chunk_size_feed_forward", "id2label", "label2id", "problem_type",
@@ -77,7 +77,7 @@ def model_from_hf(given: Mapping[str, Any]) -> ModelConfig:
             why = "is not supported" if key in given else "is what transformers takes for a key that is not there"
             raise ConfigError(key, values.all[key], f"{why}; only {' or '.join(map(repr, allowed))}")
     for key, value in given.items():
-        if key not in _READ and key not in _IDLE and key not in _MUST_BE and key not in {*family.read, *family.must_be}:
+        if key not in _READ and key not in IDLE and key not in _MUST_BE and key not in {*family.read, *family.must_be}:
             raise ConfigError(key, value, "not a key whose meaning is known here; remove it if it changes no number")
     kinds = given.get("layer_types") or []
     if "layer_types" not in family.read and (not isinstance(kinds, list) or {*map(str, kinds)} - {"full_attention"}):

@@ -6,10 +6,13 @@ axes of the source's tensor in our letters, and ours.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from irope_jax.checkpoint.streams import BLOCK_BYTES
 from irope_jax.model.config import ModelConfig
 from irope_jax.model.moe import MoE
 
@@ -26,7 +29,7 @@ class Row:
       axes: of the source, letters of the shape alphabet and S for the width of a shared expert; `(NH)` are two axes in
         one, and `2` counts two of our parameters that lie in one tensor.
       ours: the order of the same letters in our parameters; of one expert where `{e}` is in the name.
-      rotated: whether rows come in the order of rotated pairs, which GGUF files interleave.
+      rotated: whether the axis H lies in the order in which a rotation pairs its entries.
       part: which of the two, where `2` is among the axes.
     """
 
@@ -50,9 +53,19 @@ class Row:
         """How many axes our parameter has in one layer."""
         return len(self.ours) + self.per_expert
 
-    def source_shape(self, model: ModelConfig, layer: int = 0) -> tuple[int, ...]:
-        """Shape the source's tensor must have."""
-        sizes, shape, inside = _sizes(model, layer), [], None
+    @property
+    def letters(self) -> str:
+        """Axes of the source, none of them joined."""
+        return self.axes.replace("(", "").replace(")", "")
+
+    @property
+    def lead(self) -> str:
+        """The source's outermost axis, along which blocks of it are cut."""
+        return self.letters[0]
+
+    def source_shape(self, model: ModelConfig, layer: int = 0, count: int | None = None) -> tuple[int, ...]:
+        """Shape the source's tensor must have, or that of `count` steps of its outermost axis."""
+        sizes, shape, inside = self._block_sizes(model, layer, count), [], None
         for letter in self.axes:
             if letter == "(":
                 inside = 1
@@ -65,20 +78,53 @@ class Row:
                 inside *= sizes[letter]
         return tuple(shape)
 
-    def read(self, tensor: np.ndarray, model: ModelConfig, layer: int = 0) -> np.ndarray:
-        """The tensor, or our part of it, with our axes; a view where numpy can."""
-        sizes, letters = _sizes(model, layer), self.axes.replace("(", "").replace(")", "")
-        split = tensor.reshape([sizes[letter] for letter in letters])
+    def blocks(self, model: ModelConfig, layer: int, itemsize: int) -> Iterator[range]:
+        """Steps of the outermost axis of which a block of the source has about `BLOCK_BYTES`."""
+        steps = _sizes(model, layer)[self.lead]
+        size = self.block_steps(model, layer, itemsize)
+        return (range(at, min(at + size, steps)) for at in range(0, steps, size))
+
+    def block_steps(self, model: ModelConfig, layer: int, itemsize: int) -> int:
+        """How many steps a block has."""
+        steps = _sizes(model, layer)[self.lead]
+        a_step = math.prod(self.source_shape(model, layer)) // steps * itemsize
+        return max(1, min(BLOCK_BYTES // a_step, steps))
+
+    def rows(self, model: ModelConfig, layer: int, steps: range) -> slice:
+        """Where steps of the outermost axis lie along the first axis of the source."""
+        each = self.source_shape(model, layer, count=1)[0]
+        return slice(steps.start * each, steps.stop * each)
+
+    def index(self, steps: range) -> tuple[slice, ...]:
+        """Where they lie in our parameter, of one layer and one expert."""
+        return tuple(slice(steps.start, steps.stop) if letter == self.lead else slice(None) for letter in self.ours)
+
+    def our_shape(self, model: ModelConfig, layer: int = 0, count: int | None = None) -> tuple[int, ...]:
+        """Shape of a block of our parameter."""
+        sizes = self._block_sizes(model, layer, count)
+        return tuple(sizes[letter] for letter in self.ours)
+
+    def read(self, rows: np.ndarray, model: ModelConfig, layer: int = 0, count: int | None = None) -> np.ndarray:
+        """A tensor, or a block of `count` steps, with our axes: our part of it; a view where numpy can."""
+        sizes, letters = self._block_sizes(model, layer, count), self.letters
+        split = rows.reshape([sizes[letter] for letter in letters])
         if self.part is not None:
             split = np.take(split, self.part, axis=letters.index("2"))
             letters = letters.replace("2", "")
         return split.transpose([letters.index(letter) for letter in self.ours])
 
-    def write(self, array: np.ndarray, model: ModelConfig, layer: int = 0) -> np.ndarray:
-        """Our array with the source's axes: the inverse of `read`, where a tensor is one parameter."""
-        letters = self.axes.replace("(", "").replace(")", "")
-        turned = array.transpose([self.ours.index(letter) for letter in letters])
-        return turned.reshape(self.source_shape(model, layer))
+    def write(
+        self, parts: Sequence[np.ndarray], model: ModelConfig, layer: int = 0, count: int | None = None
+    ) -> np.ndarray:
+        """The inverse: blocks of our parameters, as many as lie in the tensor, with the source's axes."""
+        letters = self.letters.replace("2", "")
+        turned = [part.transpose([self.ours.index(letter) for letter in letters]) for part in parts]
+        whole = turned[0] if self.part is None else np.stack(turned, axis=self.letters.index("2"))
+        return whole.reshape(self.source_shape(model, layer, count))
+
+    def _block_sizes(self, model: ModelConfig, layer: int, count: int | None) -> dict[str, int]:
+        sizes = _sizes(model, layer)
+        return sizes if count is None else sizes | {self.lead: count}
 
 
 def _sizes(model: ModelConfig, layer: int) -> dict[str, int]:
@@ -121,18 +167,18 @@ def _without(rows: tuple[Row, ...], *parts: str) -> tuple[Row, ...]:
 
 
 _BIASES = (
-    Row(_LAYER + "self_attn.q_proj.bias", ("attention", "query_bias"), "(NH)", "NH"),
-    Row(_LAYER + "self_attn.k_proj.bias", ("attention", "key_bias"), "(KH)", "KH"),
+    Row(_LAYER + "self_attn.q_proj.bias", ("attention", "query_bias"), "(NH)", "NH", rotated=True),
+    Row(_LAYER + "self_attn.k_proj.bias", ("attention", "key_bias"), "(KH)", "KH", rotated=True),
     Row(_LAYER + "self_attn.v_proj.bias", ("attention", "value_bias"), "(KH)", "KH"),
     Row(_LAYER + "self_attn.o_proj.bias", ("attention", "out_bias"), "D", "D"),
 )
 _HEAD_NORMS = (
-    Row(_LAYER + "self_attn.q_norm.weight", ("attention", "query_norm"), "H", "H"),
-    Row(_LAYER + "self_attn.k_norm.weight", ("attention", "key_norm"), "H", "H"),
+    Row(_LAYER + "self_attn.q_norm.weight", ("attention", "query_norm"), "H", "H", rotated=True),
+    Row(_LAYER + "self_attn.k_norm.weight", ("attention", "key_norm"), "H", "H", rotated=True),
 )
 _ALL_HEADS_NORMS = (
-    Row(_LAYER + "self_attn.q_norm.weight", ("attention", "query_norm"), "(NH)", "NH"),
-    Row(_LAYER + "self_attn.k_norm.weight", ("attention", "key_norm"), "(KH)", "KH"),
+    Row(_LAYER + "self_attn.q_norm.weight", ("attention", "query_norm"), "(NH)", "NH", rotated=True),
+    Row(_LAYER + "self_attn.k_norm.weight", ("attention", "key_norm"), "(KH)", "KH", rotated=True),
 )
 
 QWEN = LLAMA + _BIASES + _HEAD_NORMS

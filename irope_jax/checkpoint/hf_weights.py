@@ -1,31 +1,32 @@
-"""Weights of a Hugging Face folder into our parameters, tensor by tensor: safetensors only, nothing is executed.
+"""Weights of a Hugging Face folder as blocks of our parameters: safetensors only, nothing is executed.
 
-Names and axes are `hf_names`; here files are opened, checked and read into stacked arrays.
+Names and axes are `hf_names`, which tensor fills what is `hf_places`; here files are opened, checked and read.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import re
-from collections.abc import Callable, Iterable, Sequence
-from functools import lru_cache
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Protocol
 
-import flax.linen as nn
-import jax
 import numpy as np
 
 from irope_jax.checkpoint.hf_names import Row
+from irope_jax.checkpoint.hf_places import Place, layouts, repaired, shapes_of, wanted_tensors
 from irope_jax.checkpoint.native import CheckpointError
-from irope_jax.core.config import ConfigError
+from irope_jax.checkpoint.streams import BLOCK_BYTES, Keys, Layout, Piece
 from irope_jax.model.config import ModelConfig
-from irope_jax.model.cost import abstract_params
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 OTHER_PARTS = ("vision_model.", "multi_modal_projector.", "model.vision_model.", "model.multi_modal_projector.")
 """Of models that also see; only their text part is read."""
+
+_REOPEN_BYTES = 4 * BLOCK_BYTES
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -44,7 +45,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 class SafetensorsFolder:
-    """Tensors of a folder by name, read one at a time. Use it as a context manager.
+    """Tensors of a folder by name, of which blocks can be read.
 
     Raises:
       CheckpointError: no safetensors, a damaged file, an index that names a file outside of the folder or a tensor that
@@ -60,6 +61,7 @@ class SafetensorsFolder:
             ) from None
         self._safetensors, self.folder, self._open = safetensors, folder, {}
         self._prefixed: dict[str, str] = {}
+        self._touched: dict[str, int] = {}
         self._places = self._locate()
 
     def _locate(self) -> dict[str, str]:
@@ -92,7 +94,7 @@ class SafetensorsFolder:
         return self._open[file]
 
     @property
-    def names(self) -> list[str]:
+    def names(self) -> Sequence[str]:
         return list(self._places)
 
     def text_only(self) -> None:
@@ -104,139 +106,121 @@ class SafetensorsFolder:
             text[re.sub(r"^(model\.)?language_model\.", r"\1" if name.startswith("model.") else "", name)] = name
         self._prefixed, self._places = text, {short: self._places[name] for short, name in text.items()}
 
-    def __getitem__(self, name: str) -> np.ndarray:
+    @property
+    def where(self) -> str:
+        return str(self.folder)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._slice(name).get_shape())
+
+    def rows(self, name: str, rows: slice) -> np.ndarray:
         file = self._places[name]
         try:
-            return self._file(file).get_tensor(self._prefixed.get(name, name))
+            found = self._slice(name)[rows.start : rows.stop]
         except (self._safetensors.SafetensorError, TypeError, ValueError) as error:
             raise CheckpointError(f"{self.folder / file}: cannot read {name!r} ({error})") from None
+        # pages of a mapped file stay in memory as long as it is open
+        self._touched[file] = self._touched.get(file, 0) + found.nbytes
+        if self._touched[file] > _REOPEN_BYTES:
+            del self._open[file], self._touched[file]
+        return found
 
-    def __enter__(self) -> SafetensorsFolder:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._open.clear()
+    def _slice(self, name: str):
+        return self._file(self._places[name]).get_slice(self._prefixed.get(name, name))
 
 
-def read_params(
-    rows: Sequence[Row],
-    model: ModelConfig,
-    names: Iterable[str],
-    tensor: Callable[[str, Row], np.ndarray],
-    *,
-    idle: Sequence[str] = (),
-    where: str | Path = "",
-    advance: Callable[[], None] = lambda: None,
-) -> dict[str, Any]:
-    """Our parameters from a source's tensors; beside the result, one tensor is in memory at a time.
+class Source(Protocol):
+    """Tensors by name, of which rows can be read alone."""
+
+    @property
+    def names(self) -> Sequence[str]: ...
+
+    @property
+    def where(self) -> str:
+        """For messages."""
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def rows(self, name: str, rows: slice) -> np.ndarray:
+        """Rows of a tensor along its first axis, the others whole."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A source checked against a model: nothing is read yet, and what there will be is known.
+
+    Attributes:
+      source: where the tensors are.
+      wanted: the model's tensors by name.
+      there: the model as the source has it.
+    """
+
+    source: Source
+    wanted: Mapping[str, Sequence[Place]]
+    there: ModelConfig
+
+    def layouts(self, ours: ModelConfig) -> dict[Keys, Layout]:
+        """The arrays that `pieces` fills."""
+        return layouts(self.wanted, self.there, ours)
+
+    def pieces(self, ours: ModelConfig) -> Iterator[Piece]:
+        """Blocks of our parameters, in the order in which the source has them.
+
+        Args:
+          ours: the same layers; another period, and other pairs of a head's entries, are seen to.
+
+        Raises:
+          CheckpointError: a tensor that cannot be read, is of whole numbers or not finite.
+        """
+        source, dtypes = self.source, shapes_of(ours)
+        for name, places in self.wanted.items():
+            row, layer = places[0].row, places[0].layer
+            itemsize = dtypes[places[0].path(ours)].dtype.itemsize
+            for steps in row.blocks(self.there, layer, itemsize):
+                found = source.rows(name, row.rows(self.there, layer, steps))
+                if found.dtype.kind in "iub":
+                    raise CheckpointError(
+                        f"{source.where}: {name} holds {found.dtype} numbers; quantised weights are not read"
+                    )
+                if not np.isfinite(found).all():
+                    raise CheckpointError(f"{source.where}: {name} holds values that are not finite")
+                for place in places:
+                    values = place.row.read(found, self.there, layer, len(steps))
+                    values = repaired(values, place.row, layer, self.there, ours)
+                    path = place.path(ours)
+                    yield Piece(path, place.index(ours, steps), values.astype(dtypes[path].dtype, copy=False))
+
+
+def open_reading(
+    rows: Sequence[Row], there: ModelConfig, source: Source, names: Iterable[str], *, idle: Sequence[str] = ()
+) -> Reading:
+    """What is to be read of a source.
 
     Args:
       rows: the family's table.
-      model: what is to be read.
-      names: tensors the source has.
-      tensor: reads one by its name.
+      there: the model as the source has it.
+      source: the tensors.
+      names: those of them that count.
       idle: patterns of names that may be there and are not read.
-      where: the source, for messages.
-      advance: called after each tensor.
 
     Raises:
-      CheckpointError: tensors that are missing, not known, of another shape, of whole numbers or not finite; all
-        unknown ones are listed.
+      CheckpointError: tensors that are missing, not known or of another shape; all unknown ones are listed.
     """
-    wanted = wanted_tensors(rows, model)
-    names = set(names)
+    wanted, names, where = wanted_tensors(rows, there), set(names), source.where
     unknown = sorted(n for n in names - wanted.keys() if not any(re.fullmatch(pattern, n) for pattern in idle))
     if unknown:
         listed = ", ".join(unknown[:20]) + (f" and {len(unknown) - 20} more" if len(unknown) > 20 else "")
         raise CheckpointError(f"{where}: tensors that this model does not have: {listed}")
     if missing := sorted(wanted.keys() - names):
         raise CheckpointError(f"{where}: tensors are missing: {', '.join(missing[:20])}")
-    dtype = np.dtype(model.precision.params) if model.precision.params != "bfloat16" else _bfloat16()
-    abstract, period, params = _abstract(model), len(model.period), {}
     for name, places in wanted.items():
-        row, layer = places[0].row, places[0].layer
-        found = tensor(name, row)
-        if found.shape != row.source_shape(model, layer):
-            want = row.source_shape(model, layer)
-            raise CheckpointError(f"{where}: {name} has shape {list(found.shape)}, the config asks for {list(want)}")
-        if found.dtype.kind in "iub":
-            raise CheckpointError(f"{where}: {name} holds {found.dtype} numbers; quantised weights are not read")
-        if not np.isfinite(found.astype(np.float32, copy=False)).all():
-            raise CheckpointError(f"{where}: {name} holds values that are not finite")
-        for row, layer, expert in places:
-            *parents, leaf = path = _path(row, layer, period)
-            node = params
-            for parent in parents:
-                node = node.setdefault(parent, {})
-            if leaf not in node:
-                node[leaf] = np.empty(_at(abstract, path).shape, dtype)
-            place = ((layer // period,) if row.per_layer else ()) + ((expert,) if row.per_expert else ())
-            node[leaf][place or ...] = row.read(found, model, layer)
-        advance()
-    return params
+        want, found = places[0].row.source_shape(there, places[0].layer), source.shape(name)
+        if found != want:
+            raise CheckpointError(f"{where}: {name} has shape {list(found)}, the config asks for {list(want)}")
+    return Reading(source, wanted, there)
 
 
-class Place(NamedTuple):
-    """What of a tensor goes where: the row of the table, the layer, the expert (0 where there is none)."""
-
-    row: Row
-    layer: int
-    expert: int
-
-
-def wanted_tensors(rows: Sequence[Row], model: ModelConfig) -> dict[str, list[Place]]:
-    """Tensors of a model by name, each with the places it fills.
-
-    Raises:
-      ConfigError: a parameter for which the table has no name.
-    """
-    abstract, period = _abstract(model), len(model.period)
-    wanted: dict[str, list[Place]] = {}
-    named = set()
-    for row in rows:
-        for layer in range(model.num_layers) if row.per_layer else (0,):
-            path = _path(row, layer, period)
-            leaf = _at(abstract, path)
-            if leaf is None or len(leaf.shape) - row.per_layer != row.axes_of_ours:
-                continue
-            named.add(path)
-            for expert in range(model.layers[layer].ffn.num_experts) if row.per_expert else (0,):
-                wanted.setdefault(row.name.format(i=layer, e=expert), []).append(Place(row, layer, expert))
-    for keys, _ in jax.tree_util.tree_leaves_with_path(abstract):
-        if (path := tuple(key.key for key in keys)) not in named:
-            raise ConfigError("model", "/".join(path), "the format has no place for this parameter")
-    return wanted
-
-
-def layout_of(tables: Sequence[Sequence[Row]], model: ModelConfig, names: Iterable[str]) -> Sequence[Row]:
-    """The table by which a source has most of its tensors: experts in one tensor, or one by one."""
-    there = set(names)
-    return max(tables, key=lambda rows: len(there & wanted_tensors(rows, model).keys()))
-
-
-@lru_cache(maxsize=8)
-def _abstract(model: ModelConfig) -> Any:
-    """Shapes of a model's parameters; cached, for tracing a deep period takes a second."""
-    return nn.meta.unbox(abstract_params(model))
-
-
-def _path(row: Row, layer: int, period: int) -> tuple[str, ...]:
-    return ("periods", f"layer_{layer % period}", *row.path) if row.per_layer else row.path
-
-
-def _at(tree: Any, path: tuple[str, ...]) -> Any:
-    for name in path:
-        tree = tree.get(name) if isinstance(tree, dict) else None
-    return tree
-
-
-def _bfloat16() -> np.dtype:
-    import ml_dtypes
-
-    return np.dtype(ml_dtypes.bfloat16)
-
-
-def without_tied_head(tensors: SafetensorsFolder, model: ModelConfig) -> list[str]:
+def without_tied_head(tensors: SafetensorsFolder, model: ModelConfig) -> Sequence[str]:
     """Names of the tensors; a tied model's output matrix, which some files hold a second time, is left out.
 
     Raises:
@@ -245,9 +229,18 @@ def without_tied_head(tensors: SafetensorsFolder, model: ModelConfig) -> list[st
     head, embedding = "lm_head.weight", "model.embed_tokens.weight"
     if model.output_head == "untied" or head not in tensors.names:
         return tensors.names
-    if embedding in tensors.names and not np.array_equal(tensors[head], tensors[embedding]):
+    if embedding in tensors.names and not _same(tensors, head, embedding):
         raise CheckpointError(
             f"{tensors.folder}: {head} is not {embedding}, as tie_word_embeddings of config.json says; "
             f"set that to false if both are trained, or remove {head}"
         )
     return [name for name in tensors.names if name != head]
+
+
+def _same(tensors: SafetensorsFolder, one: str, other: str) -> bool:
+    shape = tensors.shape(one)
+    if shape != tensors.shape(other) or not shape:
+        return False
+    each = max(1, BLOCK_BYTES // (4 * math.prod(shape[1:]) or 1))
+    cuts = (slice(at, min(at + each, shape[0])) for at in range(0, shape[0], each))
+    return all(np.array_equal(tensors.rows(one, cut), tensors.rows(other, cut)) for cut in cuts)

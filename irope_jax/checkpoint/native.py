@@ -7,7 +7,7 @@ a checkpoint that is there is whole. Arrays are stored by tensorstore; nothing i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,11 +15,16 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+import tensorstore as ts
 
+from irope_jax.checkpoint.streams import BLOCK_BYTES, Keys, Layout, Piece, nested
 from irope_jax.core.config import ConfigError
 
 CHECKPOINTS = "checkpoints"
 """Where in a run directory they lie."""
+
+_CACHE_BYTES = 8 * BLOCK_BYTES
+"""Decoded chunks of arrays that are kept, for those that are larger than the blocks asked for."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +102,46 @@ class Checkpoints:
             ),
             force=True,
         )
+
+    def save_pieces(
+        self, step: int, layouts: Mapping[Keys, Layout], pieces: Iterable[Piece], meta: Mapping[str, Any]
+    ) -> None:
+        """Save parameters that pass by in blocks; one block is in memory at a time. There is nothing but parameters.
+
+        The checkpoint is there from the start and whole at the end: write into a directory that gets its name last.
+        """
+        ones = {("params", *keys): np.zeros((1,) * len(it.shape), it.dtype) for keys, it in layouts.items()}
+        self.save(step, nested(ones), {}, meta)  # the tree and its number formats, in orbax's words
+        self.wait()
+        stores = self._open(step)
+        for keys, layout in layouts.items():
+            stores[keys] = _made_anew(stores[keys], layout)
+        for keys, index, values in pieces:
+            stores[keys][index].write(values).result()
+
+    def arrays(self, step: int | None = None) -> dict[Keys, Any]:
+        """Parameters of a checkpoint as tensorstores, by path: `array[index].read().result()` reads a block.
+
+        Raises:
+          CheckpointError: nothing there, or damaged.
+        """
+        step = self._step(step)
+        try:
+            return self._open(step)
+        except Exception as error:
+            raise self._unreadable(step, error) from error
+
+    def _open(self, step: int) -> dict[Keys, Any]:
+        place = self.directory / str(step) / "state"
+        tree = ocp.PyTreeCheckpointHandler().metadata(place).tree["params"]
+        store = {"driver": "ocdbt", "base": f"file://{place}/"}
+        context = ts.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
+        opened = {}
+        for path, _ in jax.tree_util.tree_leaves_with_path(tree):
+            keys = tuple(str(key.key) for key in path)
+            where = {**store, "path": ".".join(("params", *keys)) + "/"}
+            opened[keys] = ts.open({"driver": "auto", "kvstore": where}, context=context, open=True)
+        return {keys: found.result() for keys, found in opened.items()}
 
     def restore(self, abstract: Any, shardings: Any, step: int | None = None) -> tuple[Any, Any, dict[str, Any]]:
         """`(state, data, meta)` of a step (the newest by default), each array laid out by `shardings`.
@@ -176,3 +221,16 @@ class Checkpoints:
             f"{self.directory / str(step)}: cannot be read as this model ({reason[:200]}); "
             "check that the config is the one it was trained with, or delete the directory to fall back to an older one"
         )
+
+
+def _made_anew(store: Any, layout: Layout) -> Any:
+    """The same array with another shape and nothing in it, in the format the old one had."""
+    spec = store.spec().to_json()
+    return ts.open(
+        {"driver": spec["driver"], "kvstore": spec["kvstore"]},
+        create=True,
+        delete_existing=True,
+        dtype=store.dtype,
+        shape=layout.shape,
+        chunk_layout=ts.ChunkLayout(chunk_shape=layout.chunk),
+    ).result()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
+from collections.abc import Callable, Iterator
 from types import TracebackType
 
 from rich.console import Console
@@ -67,3 +69,18 @@ class ProgressBar:
         speed = (self.done - self._done_before) / max(self._printed - self._began, 1e-9)
         left = f"{(self.total - self.done) / speed:.0f} s left" if speed > 0 and self.done < self.total else ""
         print(f"{self.what} {self.done}/{self.total}  {self._figures}  {left}".rstrip(), file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def megabytes(what: str, total: int, *, quiet: bool = False) -> Iterator[Callable[[int], None]]:
+    """A bar over `total` bytes, counted in megabytes; gives the function that counts bytes as they pass."""
+    up = lambda size: -(-size // 10**6)
+    passed = 0
+    with ProgressBar(f"{what}, MB", up(total), quiet=quiet) as bar:
+
+        def advance(size: int) -> None:
+            nonlocal passed
+            passed += size
+            bar.advance(up(passed) - bar.done)
+
+        yield advance

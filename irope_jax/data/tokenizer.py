@@ -175,9 +175,10 @@ class TokenizerFile(_Extras):
 
     @functools.cached_property
     def _digest(self) -> str:
-        return hashlib.sha256(self._read()).hexdigest()
+        return hashlib.sha256(self.content()).hexdigest()
 
-    def _read(self) -> bytes:
+    def content(self) -> bytes:
+        """The file."""
         try:
             return Path(self.path).expanduser().read_bytes()
         except OSError as error:
@@ -194,7 +195,7 @@ class TokenizerFile(_Extras):
         if self.sha256 and self._digest != self.sha256:
             raise ConfigError("sha256", self.sha256, f"{self.path} has changed, it is now {self._digest}")
         try:
-            loaded = tokenizers.Tokenizer.from_str(self._read().decode("utf-8"))
+            loaded = tokenizers.Tokenizer.from_str(self.content().decode("utf-8"))
         except Exception as error:  # the library raises bare Exception; UnicodeDecodeError for binary files
             raise ConfigError("path", self.path, f"not a tokenizer.json ({error})") from None
         loaded.encode_special_tokens = True  # text that spells a special token stays text
@@ -270,7 +271,67 @@ class TokenizerFile(_Extras):
         )
 
 
-TokenizerSpec = ByteTokenizer | TokenizerFile
+@dataclass(frozen=True)
+class TokenIds(_Extras):
+    """Ids and no text: what a model has that came without a tokenizer. Text is an error that says how to give one.
+
+    Attributes:
+      size: how many ids there are.
+      bos, eos, pad: those that begin, end and fill.
+    """
+
+    size: int
+    bos: int = 0
+    eos: int = 0
+    pad: int = 0
+    num_symbols: ClassVar[int] = 0
+    kind: ClassVar[str] = "ids"
+
+    has_markers: ClassVar[bool] = False
+
+    def __post_init__(self):
+        for name in ("bos", "eos", "pad"):
+            if not 0 <= getattr(self, name) < self.size:
+                raise ConfigError(name, getattr(self, name), f"an id is 0 to size - 1 = {self.size - 1}")
+
+    @property
+    def text_vocab_size(self) -> int:
+        return self.size
+
+    @property
+    def first_marker_id(self) -> int:
+        return self.size
+
+    @property
+    def bos_id(self) -> int:
+        return self.bos
+
+    @property
+    def eos_id(self) -> int:
+        return self.eos
+
+    @property
+    def pad_id(self) -> int:
+        return self.pad
+
+    @property
+    def fingerprint(self) -> str:
+        return f"ids:{self.size}:{self.bos}:{self.eos}:{self.pad}"
+
+    def encode(self, text: str) -> np.ndarray:
+        fix = (
+            "this model came without a tokenizer; give it one: --config.data.tokenizer=\"{'kind': 'file', 'path': …}\""
+        )
+        raise ConfigError("data.tokenizer.kind", self.kind, fix)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        return [self.encode(text) for text in texts]
+
+    def decode(self, ids: np.ndarray) -> str:
+        return " ".join(map(str, np.asarray(ids).reshape(-1).tolist()))
+
+
+TokenizerSpec = ByteTokenizer | TokenizerFile | TokenIds
 
 
 def _decode_runs(ids, is_text, decode_text, name_of) -> str:

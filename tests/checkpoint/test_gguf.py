@@ -75,7 +75,9 @@ def header(name: str, value):
 
 
 def read(path):
-    return read_source(path, quiet=True)
+    found = read_source(path)
+    assert found.params  # what only the weights show is found when they are read
+    return found
 
 
 def test_a_gguf_file_is_the_folder_it_was_made_from(tmp_path):

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from irope_jax.attention.mask import Sliding
 from irope_jax.checkpoint.hf_config import model_from_hf
 from irope_jax.checkpoint.hf_families import FAMILIES
-from irope_jax.checkpoint.hf_weights import layout_of, wanted_tensors
+from irope_jax.checkpoint.hf_places import layout_of, wanted_tensors
 from irope_jax.core.config import ConfigError
 from irope_jax.core.numerics import assert_equal_trees
 from irope_jax.core.types import TokenInfo
@@ -42,7 +42,7 @@ def weights_of(name: str) -> Path:
 def imported(name: str, tmp_path: Path):
     shutil.copyfile(weights_of(name), tmp_path / "model.safetensors")
     shutil.copyfile(GOLDEN / name / "config.json", tmp_path / "config.json")
-    return read_source(tmp_path, quiet=True)
+    return read_source(tmp_path)
 
 
 def mean_loss(model, params, tokens):
@@ -138,7 +138,7 @@ def test_other_layouts_of_experts_and_names_give_the_same(tmp_path):
         path.mkdir()
         save_file(names, path / "model.safetensors")
         (path / "config.json").write_text(json.dumps(config))
-        other = read_source(path, quiet=True)
+        other = read_source(path)
         assert other.model == whole.model
         assert_equal_trees(other.params, whole.params)
 

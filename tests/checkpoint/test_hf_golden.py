@@ -24,7 +24,7 @@ def case(request, tmp_path_factory):
     shutil.copyfile(GOLDEN / "model.safetensors", folder / "model.safetensors")
     shutil.copyfile(GOLDEN / f"{request.param}.json", folder / "config.json")
     with np.load(GOLDEN / f"{request.param}.npz") as golden:
-        yield read_source(folder, quiet=True), dict(golden)
+        yield read_source(folder), dict(golden)
 
 
 @pytest.mark.parametrize("length", ["main", "short"])
