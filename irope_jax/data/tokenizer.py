@@ -319,9 +319,7 @@ class TokenIds(_Extras):
         return f"ids:{self.size}:{self.bos}:{self.eos}:{self.pad}"
 
     def encode(self, text: str) -> np.ndarray:
-        fix = (
-            "this model came without a tokenizer; give it one: --config.data.tokenizer=\"{'kind': 'file', 'path': …}\""
-        )
+        fix = "there is no tokenizer; give one: --config.data.tokenizer=\"{'kind': 'file', 'path': 'tokenizer.json'}\""
         raise ConfigError("data.tokenizer.kind", self.kind, fix)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
