@@ -27,7 +27,7 @@ A run is a config file; every value of it can be changed on the command line:
   irope eval   runs/debug                                     evaluate its newest checkpoint
   irope report runs/debug runs/deep                           tables and pictures of several runs on one page
   irope import model.gguf runs/model                          a Hugging Face or GGUF model as a run directory
-  irope export runs/model exported/model                      a run as a Hugging Face folder
+  irope export runs/model exported/model                      a run as a Hugging Face folder, or a GGUF file
   irope search-rope --checkpoint=runs/extend_tiny --config=configs/search_rope.py:tiny
                                                               factors that stretch a trained RoPE model
 """
@@ -146,8 +146,8 @@ examples:
         """\
 Read a Llama 2 to 4, Mistral, Mixtral, Qwen 2 or 3, SmolLM 3, Cohere 2 or OLMo 2 or 3 and make it a run directory, which
 `irope eval`, `irope search-rope` and `train.init_from` take like one that was trained here. SRC is a folder with
-config.json and safetensors, or a .gguf file of a plain Llama, whose weights are dequantised. Only safetensors, JSON and
-GGUF are read; nothing in them is executed. What this package cannot compute exactly is an error that names it; DST
+config.json and safetensors, or a .gguf file of Llama or Llama 4, whose weights are dequantised. Only safetensors, JSON
+and GGUF are read; nothing in them is executed. What this package cannot compute exactly is an error that names it; DST
 appears only when it is whole.
 
 examples:
@@ -163,27 +163,39 @@ examples:
 
     give = verb(
         "export",
-        "a run as a Hugging Face folder",
+        "a run as a Hugging Face folder or GGUF file",
         """\
 Write a checkpoint as a folder that transformers, and what else reads its files, loads: safetensors, config.json,
 generation_config.json and the tokenizer. The family is the first whose config can say the model: one that was imported
 goes back as what it was, iRoPE becomes llama4_text. What the family cannot say is an error that names it. Weights pass
 block by block; DST appears only when it is whole.
 
+A DST that ends in .gguf becomes one file for llama.cpp, of architecture llama, or llama4 for iRoPE. What Llama 4 has is
+fixed there: chunks of 8192, every fourth layer without RoPE and with its temperature; mixtures norm q and k unless they
+have 128 experts. The number format is by default that of llama.cpp's converter: bfloat16, or float16 where the weights
+are; vectors and routers stay float32. A tokenizer.json must be byte-level BPE that cuts text as GPT-2, SmolLM, Llama 3
+or 4 or Qwen 2 does.
+
 examples:
   irope export runs/quickstart/irope exported/irope
   irope export runs/model exported/model --dtype=bfloat16 --shard-size=2 --verify
   irope export runs/model exported/model --family=smollm3
+  irope export runs/model exported/model.gguf --dtype=float16 --verify
 """,
         "Values of the run's config are changed as in `irope train`, to say what the family can: --config.a.b=VALUE.",
     )
     give.add_argument("run", metavar="RUN", help="run directory")
-    give.add_argument("target", metavar="DST", help="folder to make; must not be there")
+    give.add_argument("target", metavar="DST", help="folder, or .gguf file, to make; must not be there")
     give.add_argument("--step", type=int, metavar="N", help="checkpoint to read (default: the newest)")
     give.add_argument("--family", metavar="NAME", help="model_type to write (default: the first that can say it)")
-    give.add_argument("--dtype", metavar="TYPE", help="float32, bfloat16 or float16 (default: as imported or trained)")
+    give.add_argument(
+        "--dtype", metavar="TYPE", help="float32, bfloat16 or float16 (default: as the run; GGUF: see above)"
+    )
     give.add_argument("--context", type=int, metavar="N", help="tokens the config says it reads (default: as trained)")
-    give.add_argument("--shard-size", type=float, default=5, metavar="GB", help="at most so much a file (default: 5)")
+    give.add_argument(
+        "--shard-size", type=float, default=5, metavar="GB", help="folder: at most so much a file (default: 5)"
+    )
+    give.add_argument("--no-tokenizer", action="store_true", help="GGUF: ids only, no tokenizer")
     give.add_argument(
         "--verify",
         action="store_true",

@@ -111,7 +111,10 @@ def read_source(source: Path) -> Imported:
     if source.suffix == ".gguf" and source.is_file():
         file = GgufFile(source)
         model = file.model()
-        return Imported(model, file.reading(model), file.context_length, file.tokenizer_json(), file.special_tokens())
+        weights, tokenizer = file.reading(model), file.tokenizer_json()
+        return Imported(
+            model, weights, file.context_length, tokenizer, file.special_tokens(), companions=file.companions()
+        )
     fix = "name a folder with config.json and safetensors, or a .gguf file"
     raise CheckpointError(f"{source}: {'no such file or folder' if not source.exists() else 'not a model'}; {fix}")
 

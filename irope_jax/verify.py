@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
 
+from irope_jax.checkpoint.gguf_export import GgufWriting
 from irope_jax.checkpoint.hf_export import Writing
 from irope_jax.checkpoint.native import CheckpointError
+from irope_jax.checkpoint.streams import Keys
 from irope_jax.core.types import Precision, TokenInfo
+from irope_jax.data.tokenizer import TokenizerSpec
 from irope_jax.model.config import ModelConfig
 from irope_jax.model.decoder import logits
 from irope_jax.transfer import Imported
@@ -20,6 +24,9 @@ TOLERANCE = 1e-3
 """Of logits, relative to the largest where that is above 1; both compute in float32."""
 
 LONGEST = 512
+
+TEXT = 'It\'s 3,141 words of "naïve" text;\n\n\tsee §2.7 (ÜBER)  and   x_y = 的 \U0001f600!\r\n'
+"""Something of everything that tokenizers cut differently."""
 
 
 def compare(folder: Path, read: Imported, writing: Writing) -> list[str]:
@@ -33,18 +40,39 @@ def compare(folder: Path, read: Imported, writing: Writing) -> list[str]:
     Raises:
       CheckpointError: it is not the same.
     """
-    lines = [f"verified: {_read_back(folder, read, writing):,} numbers read back are those of the run"]
+    count = _read_back(folder, read, writing, lambda _: writing.numbers)
+    lines = [f"verified: {count:,} numbers read back are those of the run"]
     if all(importlib.util.find_spec(name) for name in ("torch", "transformers")):
         return [*lines, _ask_transformers(folder, read)]
     return [*lines, "not asked: transformers and torch are not installed, so their logits were not compared"]
 
 
-def _read_back(folder: Path, read: Imported, writing: Writing) -> int:
+def compare_gguf(path: Path, read: Imported, what: GgufWriting, tokenizer: TokenizerSpec) -> list[str]:
+    """The same of a GGUF file, and whether its tokenizer gives the ids of the run's; llama.cpp itself is not asked.
+
+    Raises:
+      CheckpointError: the header, a number or an id is not the same.
+    """
+    if read.weights.there != what.writing.there:
+        raise CheckpointError(f"{path}: the header read back does not say the model that was written")
+    if read.tokenizer is not None:
+        import tokenizers
+
+        built = tokenizers.Tokenizer.from_str(read.tokenizer)
+        built.encode_special_tokens = True  # text that spells a special token stays text
+        if built.encode(TEXT, add_special_tokens=False).ids != tokenizer.encode(TEXT).tolist():
+            raise CheckpointError(f"{path}: the tokenizer read back does not give the ids of the run's")
+    count = _read_back(path, read, what.writing, what.dtypes().__getitem__)
+    return [f"verified: {count:,} numbers read back are those of the run; llama.cpp was not asked"]
+
+
+def _read_back(where: Path, read: Imported, writing: Writing, dtype: Callable[[Keys], np.dtype]) -> int:
+    """`dtype` is that of a parameter in the file."""
     count = 0
     for keys, index, values in read.weights.pieces(writing.ours):
-        ours = writing.arrays[keys][index].read().result().astype(writing.numbers)
-        if not np.array_equal(values.astype(writing.numbers), ours):
-            raise CheckpointError(f"{folder}: {'/'.join(keys)} read back is not what the run has")
+        ours = writing.arrays[keys][index].read().result().astype(dtype(keys))
+        if not np.array_equal(values.astype(dtype(keys)), ours):
+            raise CheckpointError(f"{where}: {'/'.join(keys)} read back is not what the run has")
         count += values.size
     return count
 

@@ -267,3 +267,15 @@ def _in_gguf(name: str) -> str:
 
 LLAMA_GGUF = tuple(Row(_in_gguf(r.name), r.path, r.axes, r.ours, r.rotated) for r in LLAMA)
 """The same tensors in llama.cpp's files."""
+
+LLAMA4_GGUF = (
+    *LLAMA_GGUF,
+    Row("blk.{i}.ffn_gate_inp.weight", ("feed_forward", "router"), "ED", "DE"),
+    Row("blk.{i}.ffn_gate_exps.weight", ("feed_forward", "gate"), "EFD", "EDF"),
+    Row("blk.{i}.ffn_up_exps.weight", ("feed_forward", "up"), "EFD", "EDF"),
+    Row("blk.{i}.ffn_down_exps.weight", ("feed_forward", "down"), "EDF", "EFD"),
+    Row("blk.{i}.ffn_gate_shexp.weight", ("feed_forward", "shared", "gate"), "SD", "DS"),
+    Row("blk.{i}.ffn_up_shexp.weight", ("feed_forward", "shared", "up"), "SD", "DS"),
+    Row("blk.{i}.ffn_down_shexp.weight", ("feed_forward", "shared", "down"), "DS", "SD"),
+)
+"""Llama 4 there: all experts of a layer in one tensor, gate and up apart."""

@@ -89,14 +89,8 @@ def _says(values: Mapping[str, Any], model: ModelConfig, family: str) -> ModelCo
     except ConfigError as error:
         fix = f"{family} of Hugging Face would have to say {error.field}={error.value!r}, which it cannot: {error.fix}"
         raise ConfigError("config.model", ConfigError.ABSENT, fix) from None
-    for index, (ours, theirs) in enumerate(zip(model.layers, there.layers)):
-        path = f"config.model.pattern.{index % len(model.pattern)}"
-        try:
-            wanted = _layer_computes(ours, model.head_dim)
-        except ConfigError as error:
-            raise error.within(path) from None
-        _refuse_difference(family, path, wanted, _layer_computes(theirs, there.head_dim))
-    _refuse_difference(family, "config.model", _rest_computes(model), _rest_computes(there))
+    who, remedy = f"{family} of Hugging Face", "change it, or export as another --family"
+    refuse_differences(model, there, _rope_said, who, remedy)
     try:
         wanted_tensors(FAMILIES[family].tables[0], model)
     except ConfigError as error:
@@ -104,12 +98,41 @@ def _says(values: Mapping[str, Any], model: ModelConfig, family: str) -> ModelCo
     return there
 
 
-def _layer_computes(layer: LayerSpec, head_dim: int) -> Any:
-    """What of a layer changes the numbers that a trained model gives, as plain values; order of pairs apart.
+def refuse_differences(
+    model: ModelConfig, there: ModelConfig, said: Callable[[RoPE, int], RoPE], who: str, remedy: str
+) -> None:
+    """Whether what a format says of a model computes the same; training and the order of pairs apart.
+
+    Args:
+      model: what was to be said.
+      there: what reading it gives.
+      said: a rotation and the width of heads -> the one form of all that are the same in this format.
+      who: the format, and `remedy` what can be done, both for the message.
+
+    Raises:
+      ConfigError: it does not; names the first field that differs.
+    """
+    for index, (ours, theirs) in enumerate(zip(model.layers, there.layers)):
+        path = f"config.model.pattern.{index % len(model.pattern)}"
+        try:
+            wanted = _layer_computes(ours, model.head_dim, said)
+        except ConfigError as error:
+            raise error.within(path) from None
+        _refuse_difference(path, wanted, _layer_computes(theirs, there.head_dim, said), who, remedy)
+    _refuse_difference("config.model", _rest_computes(model), _rest_computes(there), who, remedy)
+
+
+def _rope_said(rope: RoPE, head_dim: int) -> RoPE:
+    """There are several ways to say one scaling.
 
     Raises:
       ConfigError: a rotation for which transformers has no words.
     """
+    return replace(rope_from_hf(rope_to_hf(replace(rope, pairing="half"), head_dim)), blur=rope.blur)
+
+
+def _layer_computes(layer: LayerSpec, head_dim: int, said: Callable[[RoPE, int], RoPE]) -> Any:
+    """What of a layer changes the numbers that a trained model gives, as plain values."""
     ffn, temperature, position = layer.ffn, layer.temperature, layer.position
     if isinstance(ffn, MoE):
         shared = replace(ffn.shared, chunk=None) if ffn.shared else None
@@ -118,12 +141,11 @@ def _layer_computes(layer: LayerSpec, head_dim: int) -> Any:
         ffn = replace(ffn, chunk=None)
     if isinstance(temperature, LogFloor | LogN):
         temperature = replace(temperature, when="always")
-    if isinstance(position, RoPE):  # there are several ways to say one scaling
+    if isinstance(position, RoPE):
         try:
-            keys = rope_to_hf(replace(position, pairing="half"), head_dim)
+            position = said(position, head_dim)
         except ConfigError as error:
             raise error.within("position") from None
-        position = replace(rope_from_hf(keys), blur=position.blur)
     return to_dict(replace(layer, ffn=ffn, temperature=temperature, position=position))
 
 
@@ -135,14 +157,13 @@ def _rest_computes(model: ModelConfig) -> dict[str, Any]:
     return {key: value for key, value in values.items() if key != "pattern"}
 
 
-def _refuse_difference(family: str, path: str, ours: Any, theirs: Any) -> None:
+def _refuse_difference(path: str, ours: Any, theirs: Any, who: str, remedy: str) -> None:
     """Raises `ConfigError` at the first value that differs."""
     if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
         for key in sorted({*ours, *theirs}, key=lambda key: key != "kind"):
-            _refuse_difference(family, f"{path}.{key}", ours.get(key), theirs.get(key))
+            _refuse_difference(f"{path}.{key}", ours.get(key), theirs.get(key), who, remedy)
     elif ours != theirs:
-        fix = f"{family} of Hugging Face can only say {theirs!r} here; change it, or export as another --family"
-        raise ConfigError(path, ours, fix)
+        raise ConfigError(path, ours, f"{who} can only say {theirs!r} here; {remedy}")
 
 
 def _common(model: ModelConfig, context: int, family: str) -> Config:
