@@ -122,8 +122,14 @@ class Checkpoints:
         stores = self._open(step)
         for keys, layout in layouts.items():
             stores[keys] = _made_anew(stores[keys], layout)
+        batch, held = ts.Transaction(), 0  # every commit waits for the disk
         for keys, index, values in pieces:
-            stores[keys][index].write(values).result()
+            stores[keys].with_transaction(batch)[index].write(values).result()
+            held += values.nbytes
+            if held >= BLOCK_BYTES:
+                batch.commit_async().result()
+                batch, held = ts.Transaction(), 0
+        batch.commit_async().result()
 
     def arrays(self, step: int | None = None) -> dict[Keys, Any]:
         """Parameters of a checkpoint as tensorstores, by path: `array[index].read().result()` reads a block.
