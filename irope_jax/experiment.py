@@ -15,8 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from irope_jax.checkpoint.native import CheckpointConfig
 from irope_jax.context.layout import ContextLayout
 from irope_jax.core.config import ConfigError, from_dict, nearest, override, to_dict
@@ -24,7 +22,7 @@ from irope_jax.core.records import RecordError
 from irope_jax.data.pipeline import DataConfig
 from irope_jax.evals.registry import EvalSpec
 from irope_jax.model.config import ModelConfig
-from irope_jax.model.decoder import init_params
+from irope_jax.model.cost import abstract_params
 from irope_jax.sharding.mesh import MeshConfig, abstract_mesh
 from irope_jax.sharding.rules import tree_shardings
 from irope_jax.train.loop import TrainConfig
@@ -100,7 +98,7 @@ def check_devices(experiment: Experiment, device_count: int) -> MeshConfig:
         if size % parts:
             raise ConfigError(f"config.{field}", size, f"must be a multiple of {why} = {parts}; {_near(size, parts)}")
     try:
-        tree_shardings(jax.eval_shape(lambda: init_params(model, jax.random.key(0))), abstract_mesh(mesh))
+        tree_shardings(abstract_params(model), abstract_mesh(mesh))
     except ConfigError as error:
         raise error.within("config") from None
     return mesh

@@ -76,9 +76,10 @@ class Writing:
             parts = []
             for place in places:
                 found = self.arrays[place.path(self.ours)][place.index(self.ours, steps)].read().result()
+                with np.errstate(over="ignore"):  # told below
+                    found = found.astype(self.numbers, copy=False)
                 parts.append(repaired(found, place.row, layer, self.ours, self.there))
-            with np.errstate(over="ignore"):  # told below
-                block = row.write(parts, self.there, layer, len(steps)).astype(self.numbers)
+            block = row.write(parts, self.there, layer, len(steps))
             if not np.isfinite(block).all():
                 raise CheckpointError(
                     f"{name}: holds numbers that are not finite as {self.dtype}; choose another --dtype, or export an "

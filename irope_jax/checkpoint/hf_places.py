@@ -89,7 +89,7 @@ def layouts(wanted: Mapping[str, Sequence[Place]], there: ModelConfig, ours: Mod
 
 @lru_cache(maxsize=8)
 def shapes_of(model: ModelConfig) -> dict[Keys, jax.ShapeDtypeStruct]:
-    """A model's parameters as shapes, by path; cached, for tracing a deep period takes a second."""
+    """A model's parameters as shapes, by path."""
     leaves = jax.tree_util.tree_leaves_with_path(nn.meta.unbox(abstract_params(model)))
     return {tuple(key.key for key in keys): leaf for keys, leaf in leaves}
 

@@ -212,9 +212,10 @@ def _window(model: ModelConfig) -> int | None:
     return next((layer.mask.size for layer in model.layers if isinstance(layer.mask, Sliding)), None)
 
 
-def _kinds(model: ModelConfig) -> list[str]:
-    names = {Global: FULL, Sliding: SLIDING, Chunked: CHUNKED}
-    return [names.get(type(layer.mask), FULL) for layer in model.layers]
+def _kinds(model: ModelConfig, local: str = SLIDING) -> list[str]:
+    """`layer_types` of a family that has one kind of local layer."""
+    kind = {SLIDING: Sliding, CHUNKED: Chunked}[local]
+    return [local if isinstance(layer.mask, kind) else FULL for layer in model.layers]
 
 
 def _bias(model: ModelConfig) -> Config:
@@ -359,7 +360,7 @@ def _llama4(model: ModelConfig) -> Config:
         "use_qk_norm": any(layer.qk_norm == "rms" for layer in model.layers),
         "no_rope_layers": turns,
         "no_rope_layer_interval": _interval(turns),
-        "layer_types": _kinds(model),
+        "layer_types": _kinds(model, CHUNKED),
         "attention_chunk_size": chunk or 8192,
         "attn_temperature_tuning": rises is not None,
         "floor_scale": rises.floor_scale if rises else 8192,

@@ -23,7 +23,7 @@ from irope_jax.core.config import ConfigError
 CHECKPOINTS = "checkpoints"
 """Where in a run directory they lie."""
 
-_CACHE_BYTES = 8 * BLOCK_BYTES
+_CACHE_BYTES = 2 * BLOCK_BYTES
 """Decoded chunks of arrays that are kept, for those that are larger than the blocks asked for."""
 
 
@@ -92,13 +92,19 @@ class Checkpoints:
         return self._manager.latest_step()
 
     def save(self, step: int, state: Any, data: Any, meta: Mapping[str, Any]) -> None:
-        """Start saving; arrays are copied off the device before this returns, so they may be donated afterwards."""
+        """Start saving; arrays are copied off the device before this returns, so they may be donated afterwards.
+
+        They are stored in chunks, so that a part of one can be read: onto another mesh, or for an export.
+        """
         if step == self.latest:
             return
+        how = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=2 * BLOCK_BYTES), state)
         self._manager.save(
             step,
             args=ocp.args.Composite(
-                state=ocp.args.StandardSave(state), data=ocp.args.JsonSave(data), meta=ocp.args.JsonSave(dict(meta))
+                state=ocp.args.StandardSave(state, how),
+                data=ocp.args.JsonSave(data),
+                meta=ocp.args.JsonSave(dict(meta)),
             ),
             force=True,
         )
@@ -116,8 +122,14 @@ class Checkpoints:
         stores = self._open(step)
         for keys, layout in layouts.items():
             stores[keys] = _made_anew(stores[keys], layout)
+        batch, held = ts.Transaction(), 0  # every commit waits for the disk
         for keys, index, values in pieces:
-            stores[keys][index].write(values).result()
+            stores[keys].with_transaction(batch)[index].write(values).result()
+            held += values.nbytes
+            if held >= BLOCK_BYTES:
+                batch.commit_async().result()
+                batch, held = ts.Transaction(), 0
+        batch.commit_async().result()
 
     def arrays(self, step: int | None = None) -> dict[Keys, Any]:
         """Parameters of a checkpoint as tensorstores, by path: `array[index].read().result()` reads a block.

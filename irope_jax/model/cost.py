@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 
 import flax.linen as nn
@@ -15,8 +16,9 @@ from irope_jax.model.decoder import init_params
 from irope_jax.model.moe import MoE
 
 
+@lru_cache(maxsize=16)
 def abstract_params(config: ModelConfig) -> Any:
-    """Parameters as shapes, boxed with their logical axes; no memory."""
+    """Parameters as shapes, boxed with their logical axes; no memory. Do not change it: it is kept."""
     return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
 
 

@@ -16,6 +16,7 @@ from irope_jax.checkpoint.native import CheckpointError, Checkpoints
 from irope_jax.core.config import from_dict
 from irope_jax.core.numerics import shape_difference
 from irope_jax.model.config import ModelConfig
+from irope_jax.model.cost import abstract_params
 from irope_jax.model.decoder import init_params, restack
 from irope_jax.sharding.rules import tree_shardings
 
@@ -67,7 +68,7 @@ def load_params(run_directory: str | Path, config: ModelConfig, mesh: Mesh, step
     Raises:
       CheckpointError: nothing there, or parameters of another model.
     """
-    boxed = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+    boxed = abstract_params(config)
     with Checkpoints(run_directory) as source:
         step = source.latest if step is None else step
         return source.restore_params(nn.meta.unbox(boxed), tree_shardings(boxed, mesh), step), step
@@ -83,8 +84,8 @@ def params_for(
       ConfigError: another number of layers.
     """
     move = lambda p: restack(p, trained, config)
-    boxed = jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
-    have = jax.eval_shape(lambda: move(nn.meta.unbox(init_params(trained, jax.random.key(0)))))
+    boxed = abstract_params(config)
+    have = jax.eval_shape(move, nn.meta.unbox(abstract_params(trained)))
     if differs := shape_difference(have, nn.meta.unbox(boxed)):
         name, has, needs = differs
         raise CheckpointError(

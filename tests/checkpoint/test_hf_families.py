@@ -17,7 +17,8 @@ from irope_jax.checkpoint.hf_places import layout_of, wanted_tensors
 from irope_jax.core.config import ConfigError
 from irope_jax.core.numerics import assert_equal_trees
 from irope_jax.core.types import TokenInfo
-from irope_jax.model.decoder import init_params, logits
+from irope_jax.model.cost import abstract_params
+from irope_jax.model.decoder import logits
 from irope_jax.sharding.mesh import MeshConfig, make_mesh
 from irope_jax.sharding.rules import tree_shardings
 from irope_jax.transfer import read_source
@@ -93,7 +94,7 @@ def test_eight_devices_say_the_same(tmp_path):
     found, tokens = imported(name, tmp_path), golden(name)["main/input_ids"]
     tokens = np.concatenate([tokens, tokens])  # fsdp 2 x expert 2 cut the batch
     mesh = make_mesh(SPREAD)
-    shardings = tree_shardings(jax.eval_shape(lambda: init_params(found.model, jax.random.key(0))), mesh)
+    shardings = tree_shardings(abstract_params(found.model), mesh)
     with jax.set_mesh(mesh):
         params = jax.device_put(found.params, shardings)
         step = jax.jit(jax.value_and_grad(lambda p: mean_loss(found.model, p, tokens), has_aux=True))
