@@ -1,6 +1,7 @@
 """Every family through the importer against logits, loss and gradients of transformers; then on eight devices."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -29,6 +30,10 @@ NAMES = (
     "qwen2", "qwen3", "qwen3_moe", "mistral", "mixtral", "olmo2", "olmo3",
 )  # fmt: skip
 SPREAD = MeshConfig(data=1, fsdp=2, context=2, expert=2)
+EVERYTHING = bool(os.environ.get("IROPE_EVERY_GOLDEN"))
+"""All goldens on eight devices take a quarter of an hour; else one has everything: chunks that devices cut, experts
+over two of them, dense layers between."""
+ON_EIGHT = NAMES if EVERYTHING else ("llama4_moe_interleave2",)
 
 
 def golden(name: str) -> dict[str, np.ndarray]:
@@ -88,32 +93,36 @@ def test_logits_loss_and_gradients_are_those_of_the_original(name, tmp_path):
     check(name, found, value, scores, grads)
 
 
-def test_eight_devices_say_the_same(tmp_path):
-    """The one with everything: chunks that devices cut, experts over two of them, dense layers between."""
-    name = "llama4_moe_interleave2"
+@pytest.mark.parametrize("name", ON_EIGHT)
+def test_eight_devices_say_the_same(name, tmp_path):
     found, tokens = imported(name, tmp_path), golden(name)["main/input_ids"]
-    tokens = np.concatenate([tokens, tokens])  # fsdp 2 x expert 2 cut the batch
+    whole, tokens = len(tokens), np.concatenate([tokens] * (4 // len(tokens)))  # fsdp 2 x expert 2 cut the batch
     mesh = make_mesh(SPREAD)
-    shardings = tree_shardings(abstract_params(found.model), mesh)
     with jax.set_mesh(mesh):
-        params = jax.device_put(found.params, shardings)
+        params = jax.device_put(found.params, tree_shardings(abstract_params(found.model), mesh))
         step = jax.jit(jax.value_and_grad(lambda p: mean_loss(found.model, p, tokens), has_aux=True))
         (value, scores), grads = step(params)
-    check(name, found, value, np.asarray(scores)[:2], jax.device_get(grads))
+    check(name, found, value, np.asarray(scores)[:whole], jax.device_get(grads))
 
 
-def test_packed_and_left_padded_rows(tmp_path):
+@pytest.mark.parametrize("spread", [False, True] if EVERYTHING else [False])
+def test_packed_and_left_padded_rows(spread, tmp_path):
     name = "llama4_dense_packed_leftpad_notemp"
     found, want = imported(name, tmp_path), golden(name)
+    params, mesh = found.params, make_mesh(SPREAD) if spread else make_mesh(MeshConfig(), jax.devices()[:1])
     for case in ("packed", "leftpad"):
         tokens, positions = want[f"{case}/input_ids"], want[f"{case}/position_ids"].astype(np.int32)
         real = want.get(f"{case}/attention_mask", np.ones_like(tokens)).astype(bool)
+        tokens, positions, real = (np.concatenate([it] * (4 if spread else 1)) for it in (tokens, positions, real))
         starts = (positions == 0) & real
         segments = np.where(real, np.cumsum(starts, axis=1), 0).astype(np.int32)
         rows = np.broadcast_to(np.arange(tokens.shape[1], dtype=np.int32), tokens.shape)
         info = TokenInfo(np.where(real, positions, 0), segments, rows, first_row=0)
-        scores = jax.jit(lambda p, t, i: logits(found.model, p, t, i))(found.params, tokens, info)
-        assert np.abs(np.asarray(scores) - want[f"{case}/logits"])[real].max() < 1e-4
+        with jax.set_mesh(mesh):
+            placed = jax.device_put(params, tree_shardings(abstract_params(found.model), mesh))
+            scores = jax.jit(lambda p, t, i: logits(found.model, p, t, i))(placed, tokens, info)
+        one = want[f"{case}/logits"]
+        assert np.abs(np.asarray(scores)[: len(one)] - one)[real[: len(one)]].max() < 1e-4
 
 
 def test_other_layouts_of_experts_and_names_give_the_same(tmp_path):

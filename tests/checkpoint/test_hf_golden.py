@@ -1,6 +1,7 @@
 """Six kinds of RoPE through the importer against the logits and gradients of transformers' Llama."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -11,10 +12,15 @@ import pytest
 
 from irope_jax.checkpoint.hf_names import LLAMA
 from irope_jax.core.types import TokenInfo
+from irope_jax.model.cost import abstract_params
 from irope_jax.model.decoder import logits
+from irope_jax.sharding.mesh import MeshConfig, make_mesh
+from irope_jax.sharding.rules import tree_shardings
 from irope_jax.transfer import read_source
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "llama_rope"
+EVERYTHING = bool(os.environ.get("IROPE_EVERY_GOLDEN"))
+"""Also on eight devices."""
 KINDS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 
 
@@ -35,16 +41,22 @@ def test_logits_are_those_of_the_original(case, length):
     assert np.abs(ours - golden[f"{length}/logits"]).max() < 1e-4  # the original's own noise is 8e-6
 
 
-def test_gradients_are_those_of_the_original(case):
+@pytest.mark.parametrize("devices", [1, 8] if EVERYTHING else [1])
+def test_gradients_are_those_of_the_original(case, devices):
     found, golden = case
     tokens = golden["main/input_ids"]
+    spread = MeshConfig(data=1, fsdp=2, context=2, expert=2) if devices == 8 else MeshConfig()
+    mesh = make_mesh(spread, jax.devices()[:devices])
+    tokens = np.concatenate([tokens] * (4 // len(tokens))) if devices == 8 else tokens  # fsdp and expert cut the batch
 
     def loss(params):
         scores = logits(found.model, params, tokens, TokenInfo.single(*tokens.shape))[:, :-1]
         chosen = jnp.take_along_axis(jax.nn.log_softmax(scores), tokens[:, 1:, None], axis=-1)
         return -chosen.mean()
 
-    value, grads = jax.jit(jax.value_and_grad(loss))(found.params)
+    with jax.set_mesh(mesh):
+        params = jax.device_put(found.params, tree_shardings(abstract_params(found.model), mesh))
+        value, grads = jax.jit(jax.value_and_grad(loss))(params)
     assert value == pytest.approx(float(golden["main/loss"]), abs=1e-5)
     compared = 0
     for row in LLAMA:
