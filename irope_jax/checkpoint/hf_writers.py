@@ -160,7 +160,7 @@ def _rest_computes(model: ModelConfig) -> dict[str, Any]:
 def _refuse_difference(path: str, ours: Any, theirs: Any, who: str, remedy: str) -> None:
     """Raises `ConfigError` at the first value that differs."""
     if isinstance(ours, Mapping) and isinstance(theirs, Mapping):
-        for key in sorted({*ours, *theirs}, key=lambda key: key != "kind"):
+        for key in dict.fromkeys([*ours, *theirs]):  # kind comes first
             _refuse_difference(f"{path}.{key}", ours.get(key), theirs.get(key), who, remedy)
     elif ours != theirs:
         raise ConfigError(path, ours, f"{who} can only say {theirs!r} here; {remedy}")
