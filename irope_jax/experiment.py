@@ -25,6 +25,7 @@ from irope_jax.model.config import ModelConfig
 from irope_jax.model.cost import abstract_params
 from irope_jax.sharding.mesh import MeshConfig, abstract_mesh
 from irope_jax.sharding.rules import tree_shardings
+from irope_jax.train.curriculum import Stage
 from irope_jax.train.loop import TrainConfig
 
 
@@ -42,6 +43,8 @@ class Experiment:
       mesh: devices.
       checkpoint: when to save.
       evals: evaluations, run on schedule in training, at its end, and by `irope eval`.
+      stages: what changes while it trains, one stage after the other, each from the values the one before left;
+        `train.steps` then counts nothing. None is a run of one piece.
     """
 
     name: str
@@ -53,6 +56,7 @@ class Experiment:
     mesh: MeshConfig = MeshConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     evals: tuple[EvalSpec, ...] = ()
+    stages: tuple[Stage, ...] = ()
 
     def __post_init__(self):
         need = self.data.tokenizer.vocab_size
@@ -96,7 +100,7 @@ def check_devices(experiment: Experiment, device_count: int) -> MeshConfig:
         rules += [(f"evals.{i}.lengths", length, mesh.context, "mesh.context") for length in evaluation.lengths]
     for field, size, parts, why in rules:
         if size % parts:
-            raise ConfigError(f"config.{field}", size, f"must be a multiple of {why} = {parts}; {_near(size, parts)}")
+            raise ConfigError(f"config.{field}", size, f"must be a multiple of {why} = {parts}; {near(size, parts)}")
     try:
         tree_shardings(abstract_params(model), abstract_mesh(mesh))
     except ConfigError as error:
@@ -104,7 +108,7 @@ def check_devices(experiment: Experiment, device_count: int) -> MeshConfig:
     return mesh
 
 
-def _near(size: int, parts: int) -> str:
+def near(size: int, parts: int) -> str:
     below, above = size // parts * parts, -(-size // parts) * parts
     return f"try {above}" if below == 0 else f"try {below} or {above}"
 

@@ -32,6 +32,7 @@ from irope_jax.data.tokenizer_json import tokenizer_files
 from irope_jax.experiment import Experiment, resolve, run_config
 from irope_jax.model.config import ModelConfig
 from irope_jax.model.cost import parameter_counts
+from irope_jax.stages import experiment_at
 from irope_jax.transfer import KEPT, TOKENIZER, check_layers, in_full, read_source
 from irope_jax.verify import compare, compare_gguf
 
@@ -69,7 +70,7 @@ def export_verb(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> i
         raise ConfigError("--shard-size", args.shard_size, "gigabytes of a file; use more than 0")
     if args.no_tokenizer and target.suffix != ".gguf":
         raise ConfigError("--no-tokenizer", True, "is for GGUF files; of a folder, remove tokenizer.json")
-    trained = resolve(run_config(directory))
+    trained = experiment_at(directory, resolve(run_config(directory)), args.step)
     experiment = resolve(to_dict(trained), overrides)
     check_layers(experiment.model, trained.model)
     with Checkpoints(directory) as checkpoints:

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
-from irope_jax.checkpoint.native import CHECKPOINTS, CheckpointError, Checkpoints
+from irope_jax.checkpoint.native import CHECKPOINTS, CheckpointError
 from irope_jax.core.config import ConfigError, fingerprint, nearest, to_dict
 from irope_jax.core.hosts import (
     DisagreementError,
@@ -30,6 +30,7 @@ from irope_jax.position.longrope_search import SearchError
 from irope_jax.search import search_rope_verb
 from irope_jax.sharding.mesh import make_mesh
 from irope_jax.show import show_verb
+from irope_jax.stages import experiment_at, settings_of
 from irope_jax.study.plots import PlotsMissingError
 from irope_jax.study.report import terminal_tables, write_report
 from irope_jax.train.loop import TrainingError, train
@@ -54,30 +55,25 @@ def _join(args: argparse.Namespace) -> None:
 def train_verb(args: argparse.Namespace, overrides: Overrides) -> int:
     _join(args)
     experiment = resolve(load_config(args.config), overrides)
-    mesh = check_devices(experiment, jax.device_count())
     directory = Path(args.run_dir or Path("runs") / experiment.name)
     values, mark = to_dict(experiment), fingerprint(experiment)
     agree("the resolved config", [mark, str(directory)], "start every process with the same command")
     # Before the run directory is made or told anything: what the config asks for may not be there.
-    evaluators = build_evaluators(experiment.evals, experiment.model, experiment.data.tokenizer)
+    settings = settings_of(experiment, jax.device_count())
+    steps = sum(setting.train.steps for setting in settings)
     with _writer(directory, values, mark, args.on_config_change) as writer:
-        if is_finished(directory, experiment.train.steps):
+        if is_finished(directory, steps):
             log.info(
-                "%s is finished: step %d was reached and evaluated; nothing to do (raise train.steps with "
+                "%s is finished: trained and evaluated; nothing to do (raise train.steps with "
                 "--on-config-change=accept to go on, or choose another --run-dir)",
                 directory,
-                experiment.train.steps,
             )
             return 0
         outcome = train(
             directory,
-            model=experiment.model,
-            data=experiment.data,
-            config=experiment.train,
-            mesh=mesh,
+            settings,
             checkpoint=experiment.checkpoint,
             seed=experiment.seed,
-            evaluators=evaluators,
             writer=writer,
             meta={"fingerprint": mark, "config": values},
         )
@@ -108,26 +104,27 @@ def _writer(directory: Path, values: dict, mark: str, on_config_change: str) -> 
 
 
 def is_finished(directory: Path, steps: int) -> bool:
-    """Whether a run directory was trained for `steps` steps and evaluated with the config it has now."""
+    """Whether a run directory was trained to its end and evaluated with the config it has now.
+
+    `steps` are those of that config at most: gates may end a stage earlier.
+    """
     # Process 0 writes the records: others may not see yet what it just wrote.
-    if not gather(is_main_process() and _says_finished(directory, steps))[0]:
-        return False
-    with Checkpoints(directory) as checkpoints:
-        return checkpoints.latest == steps
+    return gather(is_main_process() and _says_finished(directory, steps))[0]
 
 
 def _says_finished(directory: Path, steps: int) -> bool:
     told = ("finished", "start", "config_changed")
     last = next((event for event in reversed(load_run(directory).events) if event.name in told), None)
-    if last is None or last.name != "finished" or last.step != steps:
+    if last is None or last.name != "finished" or last.details.get("planned", last.step) != steps:
         return False
-    return (directory / CHECKPOINTS).is_dir()
+    return (directory / CHECKPOINTS / str(last.step)).is_dir()
 
 
 def eval_verb(args: argparse.Namespace, overrides: Overrides) -> int:
     _join(args)
     directory = Path(args.run)
-    trained = resolve(run_config(directory))
+    whole = resolve(run_config(directory))
+    trained = experiment_at(directory, whole, args.step)
     experiment = resolve(to_dict(trained), overrides)
     if experiment.model.pattern != trained.model.pattern:
         log.info("the layers differ from those trained: %s", draw_layers(experiment.model).splitlines()[0])
@@ -144,7 +141,7 @@ def eval_verb(args: argparse.Namespace, overrides: Overrides) -> int:
     with jax.set_mesh(mesh):
         params, step = params_for(directory, trained.model, experiment.model, mesh, args.step)
         # Another mesh measures the same; anything else would put numbers of another model or task into this run.
-        values, mark = to_dict(trained), fingerprint(trained)
+        values, mark = to_dict(whole), fingerprint(whole)
         as_trained = replace(experiment, mesh=trained.mesh) == trained
         writer = RunWriter(directory, values, mark) if is_main_process() and as_trained else NullWriter()
         with writer:

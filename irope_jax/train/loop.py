@@ -1,8 +1,8 @@
-"""The training loop: one page, read top to bottom.
+"""The training loop, read top to bottom.
 
-    restore or initialise -> (batch -> step -> record -> evaluate -> checkpoint)* -> final evaluation
+    (restore or initialise -> (batch -> step -> record -> evaluate -> checkpoint)* -> next stage)* -> final evaluation
 
-What a step computes is in `step.py`, what survives a restart in `state.py`.
+What a step computes is in `step.py`, what survives a restart in `state.py`, what a stage is in `curriculum.py`.
 """
 
 from __future__ import annotations
@@ -12,22 +12,24 @@ import logging
 import resource
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import jax
+import optax
+from jax.sharding import Mesh
 
 from irope_jax.checkpoint.native import CheckpointConfig, Checkpoints
-from irope_jax.core.config import ConfigError, to_dict
+from irope_jax.core.config import ConfigError, from_dict, to_dict
 from irope_jax.core.hosts import StopRequest, agree, is_main_process
 from irope_jax.core.progress import ProgressBar
 from irope_jax.core.records import NullWriter, RunWriter
-from irope_jax.data.pipeline import DataConfig
-from irope_jax.evals.evaluator import Evaluator
+from irope_jax.evals.evaluator import Evaluator, Measurement
 from irope_jax.model.config import ModelConfig
 from irope_jax.model.cost import parameter_counts, train_flops_per_token
-from irope_jax.sharding.mesh import MeshConfig, make_mesh
+from irope_jax.sharding.mesh import make_mesh
+from irope_jax.train.curriculum import Setting, Standing, judge, measured_before, restacked
 from irope_jax.train.feed import Feed, context_layout
 from irope_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from irope_jax.train.state import TrainState, init_state, params_from, state_shardings
@@ -85,105 +87,229 @@ class Outcome:
 
 def train(
     directory: str | Path,
+    settings: Sequence[Setting],
     *,
-    model: ModelConfig,
-    data: DataConfig,
-    config: TrainConfig,
-    mesh: MeshConfig,
     checkpoint: CheckpointConfig,
     seed: int,
-    evaluators: Sequence[Evaluator],
     writer: RunWriter | NullWriter,
     meta: dict[str, Any],
 ) -> Outcome:
-    """Train until `config.steps`, from the newest checkpoint in `directory` if there is one.
+    """Train all stages, from the newest checkpoint in `directory` if there is one.
 
     Bit-equal to an uninterrupted run wherever it is cut, on the same number of devices, and so are its records. SIGTERM
     and SIGINT save and return after the step or the measurement in hand; an evaluation cut short is done again. Of
     several processes all call this with the same arguments but `writer`; a signal to one of them stops all, a step or
     two later.
 
+    Between stages the state goes through the checkpoint at the border, so a run that is cut there goes on as one that
+    is not.
+
     Raises:
-      TrainingError: too many non-finite steps in a row.
+      TrainingError: too many non-finite steps in a row, or a gate that did not open and must.
       DisagreementError: processes that do not see the same run directory.
       CheckpointError: a checkpoint or `init_from` that cannot be read.
     """
-    device_mesh = make_mesh(mesh)
-    optimizer = make_optimizer(config.optimizer, config.steps)
-    batches = Feed(data, context_layout(model, mesh), device_mesh)
-    with (
-        contextlib.closing(batches),
-        Checkpoints(directory, checkpoint, create=True) as checkpoints,
-        StopRequest() as stop,
-    ):
-        # ---- where to start -----------------------------------------------------------------------------------------
-        abstract, shardings = state_shardings(model, optimizer, device_mesh)
-        owed = False  # an evaluation that a signal cut short
-        shared = "the run directory must lie where every process sees it, on a shared file system"
-        if agree(f"{directory}: newest checkpoint", checkpoints.latest, shared) is not None:
-            state, place, saved = checkpoints.restore(abstract, shardings)
+    with Checkpoints(directory, checkpoint, create=True) as checkpoints, StopRequest() as stop:
+        over: Outcome | Standing | None = None
+        while not isinstance(over, Outcome):
+            with contextlib.closing(_enter(directory, settings, checkpoints, seed, over)) as begun:
+                over = _train_stage(begun, settings, checkpoints, stop, writer, checkpoint.every, meta)
+        return over
+
+
+@dataclass
+class _Begun:
+    """A stage that is about to be trained, or trained on: where it stands and all that it holds."""
+
+    setting: Setting
+    standing: Standing
+    mesh: Mesh
+    optimizer: optax.GradientTransformation
+    rate: optax.Schedule
+    batches: Feed
+    state: TrainState
+    shardings: TrainState
+    owed: bool
+    """An evaluation that a signal cut short."""
+
+    @property
+    def step(self) -> int:
+        return int(self.state.step)
+
+    def close(self) -> None:
+        self.batches.close()
+
+
+def _enter(
+    directory: str | Path, settings: Sequence[Setting], checkpoints: Checkpoints, seed: int, over: Standing | None
+) -> _Begun:
+    """The stage that the newest checkpoint is in, or is the beginning of; `over`: what is known of it beyond itself."""
+    shared = "the run directory must lie where every process sees it, on a shared file system"
+    latest = agree(f"{directory}: newest checkpoint", checkpoints.latest, shared)
+    saved = checkpoints.meta(latest) if latest is not None else {}
+    standing = over or from_dict(Standing, saved.get("curriculum", {}), f"{directory}.curriculum")
+    if standing.stage >= len(settings):
+        fix = f"the newest checkpoint is in stage {standing.stage}; the config has {len(settings)}"
+        raise ConfigError("config.stages", len(settings), fix)
+    there = setting = settings[standing.stage]
+    made_by = make_optimizer(there.train.optimizer, there.rate_steps, standing.rate_begins(there))
+    crosses = standing.ended and standing.stage + 1 < len(settings)
+    if crosses:
+        setting = settings[standing.stage + 1]
+        standing = standing.next(latest, there, setting)
+    begins = standing.rate_begins(setting)
+    optimizer = make_optimizer(setting.train.optimizer, setting.rate_steps, begins)
+    rate = learning_rate(setting.train.optimizer, setting.rate_steps, begins)
+    mesh = make_mesh(setting.mesh)
+    batches = Feed(setting.data, context_layout(setting.model, setting.mesh), mesh)
+    _, shardings = state_shardings(setting.model, optimizer, mesh)
+    if latest is None:
+        state = init_state(setting.model, optimizer, mesh, seed)
+        if setting.train.init_from is not None:
+            params, step = params_from(setting.train.init_from, setting.model, mesh)
+            log.info("parameters from %s, step %d", setting.train.init_from, step)
+            state = state.replace(params=params)
+    else:
+        state, place, _ = checkpoints.restore(*state_shardings(there.model, made_by, mesh))
+        if crosses:
+            with jax.set_mesh(mesh):
+                move = jax.jit(lambda s: moved(s, there.model, setting, optimizer), out_shardings=shardings)
+                state = move(state)
+        if not crosses or setting.same_stream(there):
             batches.set_state(place)
-            owed = saved.get("evaluation_owed", False)
-            log.info("resuming at step %d", int(state.step))
-        else:
-            state = init_state(model, optimizer, device_mesh, seed)
-            if config.init_from is not None:
-                params, step = params_from(config.init_from, model, device_mesh)
-                log.info("parameters from %s, step %d", config.init_from, step)
-                state = state.replace(params=params)
-        start = int(state.step)
-        counts = parameter_counts(model)
-        writer.start(start, parameters=sum(counts.values()), devices=jax.device_count(), jax=jax.__version__)
+        log.info("%s at step %d", f"stage {setting.stage.name} begins" if crosses else "resuming", int(state.step))
+    return _Begun(
+        setting, standing, mesh, optimizer, rate, batches, state, shardings, saved.get("evaluation_owed", False)
+    )
 
-        # ---- the step -----------------------------------------------------------------------------------------------
-        rate = learning_rate(config.optimizer, config.steps)
-        step_function = make_train_step(model, optimizer, rate, z_loss=config.z_loss, accumulate=config.accumulate)
-        with_votes = lambda state, batch, votes: (*step_function(state, batch), jax.tree.map(lambda v: v.max(), votes))
-        take_step = jax.jit(with_votes, donate_argnums=0, out_shardings=(shardings, None, None))
-        meter = Meter(data.batch_size * data.seq_len, train_flops_per_token(model, data.seq_len, counts))
 
-        def measure(step: int) -> bool:
-            with jax.set_mesh(device_mesh):
-                return evaluate(evaluators, state, step, writer, stop.ask)
+def _train_stage(
+    begun: _Begun,
+    settings: Sequence[Setting],
+    checkpoints: Checkpoints,
+    stop: StopRequest,
+    writer: RunWriter | NullWriter,
+    save_every: int,
+    meta: dict[str, Any],
+) -> Outcome | Standing:
+    """Train a stage to its end; where the next one begins, if another follows."""
+    setting, standing, device_mesh, config = begun.setting, begun.standing, begun.mesh, begun.setting.train
+    model, data, gate = setting.model, setting.data, setting.gate
+    start, end = begun.step, standing.began + config.steps
+    final = standing.stage + 1 == len(settings)
+    counts = parameter_counts(model)
+    writer.start(start, parameters=sum(counts.values()), devices=jax.device_count(), jax=jax.__version__)
+    if setting.stage is not None and start == standing.began:
+        rows = dict(length=data.seq_len, batch_size=data.batch_size, at_most=config.steps)
+        writer.event(start, "stage", number=standing.stage, stage=setting.stage.name, **rows)
 
-        def stopped(step: int) -> Outcome:
-            writer.event(step, "stopped", signal=stop.signal.name)
-            return Outcome(step, int(stop.signal))
+    # ---- the step ---------------------------------------------------------------------------------------------------
+    step_function = make_train_step(
+        model,
+        begun.optimizer,
+        lambda step: begun.rate(step - standing.reset_at),
+        z_loss=config.z_loss,
+        accumulate=config.accumulate,
+    )
+    with_votes = lambda state, batch, votes: (*step_function(state, batch), jax.tree.map(lambda v: v.max(), votes))
+    take_step = jax.jit(with_votes, donate_argnums=0, out_shardings=(begun.shardings, None, None))
+    flops = train_flops_per_token(model, data.seq_len, counts)
+    meter = Meter(data.batch_size * data.seq_len, flops, begun=(standing.began, standing.tokens))
+    state = begun.state
 
-        # ---- the loop -----------------------------------------------------------------------------------------------
-        if owed and not measure(start):
+    def measure(step: int, evaluators: Sequence[Evaluator]) -> Measured | None:
+        with jax.set_mesh(device_mesh):
+            return evaluate(evaluators, state, step, writer, stop.ask)
+
+    def review(step: int) -> tuple[Measured | None, bool]:
+        """What is due after a step is measured: `(None if a signal cut it, whether the stage is over)`."""
+        last, asked = step == end, gate is not None and gate.due(step - standing.began)
+        planned = config.eval_every is not None and step % config.eval_every == 0 and not (last and final)
+        everything = planned or (last and not final)
+        judges = {condition.evaluation for condition in gate.conditions} if gate and (asked or last) else set()
+        chosen = [e for e in setting.evaluators if everything or e.name in judges]
+        found = measure(step, chosen) if chosen else []
+        if found is None or not judges:
+            return found, last
+        verdict = judge(gate, found, standing.before)
+        writer.event(step, "gate", opens=verdict.opens, **verdict.values)
+        if last and not verdict.opens and gate.at_limit == "stop":
+            raise TrainingError(
+                f"step {step}: the gate of stage {setting.stage.name!r} did not open in its {config.steps} steps "
+                f"({', '.join(f'{label} is {value:.4g}' for label, value in verdict.values.items())}); "
+                "give it more steps, or set at_limit='go_on'"
+            )
+        rest = [e for e in setting.evaluators if e not in chosen] if verdict.opens and not final else []
+        more = measure(step, rest) if rest else []
+        return (None if more is None else found + more), last or verdict.opens
+
+    def now(over: bool, found: Measured | None) -> Standing:
+        if not over:
+            return standing
+        then = settings[standing.stage + 1].gate if not final else None
+        return replace(standing, ended=True, before=measured_before(then, found or []))
+
+    def save(step: int, over: bool, found: Measured | None) -> None:
+        told = {"model": to_dict(model), "evaluation_owed": found is None, "curriculum": to_dict(now(over, found))}
+        checkpoints.save(step, state, begun.batches.get_state(), {**meta, **told})
+
+    def stopped(step: int) -> Outcome:
+        writer.event(step, "stopped", signal=stop.signal.name)
+        return Outcome(step, int(stop.signal))
+
+    # ---- the loop ---------------------------------------------------------------------------------------------------
+    step, over, found = start, standing.ended or (start == end and not begun.owed), []
+    if begun.owed:
+        found, over = review(start)
+        if found is None:
             return stopped(start)
-        bar = ProgressBar("training", config.steps, done=start, quiet=not is_main_process())
-        with jax.set_mesh(device_mesh), bar:
-            for step in range(start + 1, config.steps + 1):
-                state, scalars, greatest = take_step(state, next(batches), stop.vote(device_mesh))
-                last = step == config.steps
-                logs = step % config.log_every == 0 or last or step == 1
-                figures, owed = {}, False
-                if logs:
-                    scalars = {name: float(value) for name, value in scalars.items()}  # waits for the device
-                    writer.train(step, scalars | meter.read(step))
-                    figures = {"loss": f"{scalars['loss']:.3f}", "tokens/s": f"{meter.tokens_per_second:,.0f}"}
-                    check_finite(scalars, step, config.max_skipped_in_a_row)
-                elif step == start + 1:
-                    jax.block_until_ready(scalars)  # it compiled: its time says nothing about speed
-                    meter.pause(step)
-                stop.hear(greatest, newest=logs)
-                bar.advance(**figures)
-                if config.eval_every is not None and step % config.eval_every == 0 and not last:
-                    owed = not measure(step)
-                    meter.pause(step)
-                if step % checkpoint.every == 0 or last or stop.signal is not None:
-                    checkpoints.save(
-                        step, state, batches.get_state(), {**meta, "model": to_dict(model), "evaluation_owed": owed}
-                    )
-                if stop.signal is not None:
-                    return stopped(step)
-        checkpoints.wait()
-        if not measure(config.steps):
-            return stopped(config.steps)
-        writer.event(config.steps, "finished", skipped=int(state.skipped))
-        return Outcome(config.steps)
+    title = f"training {setting.stage.name}" if setting.stage else "training"
+    bar = ProgressBar(title, config.steps, done=start - standing.began, quiet=not is_main_process())
+    with jax.set_mesh(device_mesh), bar:
+        while not over:
+            step += 1
+            state, scalars, greatest = take_step(state, next(begun.batches), stop.vote(device_mesh))
+            logs = step % config.log_every == 0 or step in (end, 1)
+            figures = {}
+            if logs:
+                scalars = {name: float(value) for name, value in scalars.items()}  # waits for the device
+                writer.train(step, scalars | meter.read(step))
+                figures = {"loss": f"{scalars['loss']:.3f}", "tokens/s": f"{meter.tokens_per_second:,.0f}"}
+                check_finite(scalars, step, config.max_skipped_in_a_row)
+            elif step == start + 1:
+                jax.block_until_ready(scalars)  # it compiled: its time says nothing about speed
+                meter.pause(step)
+            stop.hear(greatest, newest=logs)
+            bar.advance(**figures)
+            begins = time.monotonic()
+            found, over = review(step)
+            if time.monotonic() - begins > 1e-3:
+                meter.pause(step)
+            if step % save_every == 0 or over or stop.signal is not None:
+                ended = over and found is not None and not (final and step == end)  # a last stage may get more steps
+                save(step, ended, found)
+            if stop.signal is not None:
+                return stopped(step)
+    checkpoints.wait()
+    if not final:
+        return now(True, found)
+    done = {name for name, _ in found}
+    if measure(step, [e for e in setting.evaluators if e.name not in done]) is None:
+        return stopped(step)
+    writer.event(step, "finished", skipped=int(state.skipped), planned=sum(one.train.steps for one in settings))
+    return Outcome(step)
+
+
+def moved(
+    state: TrainState, source: ModelConfig, setting: Setting, optimizer: optax.GradientTransformation
+) -> TrainState:
+    """A state of the stage before as the next one takes it: stacked as its model, the optimizer fresh if reset."""
+    state = restacked(state, source, setting.model)
+    return state.replace(opt_state=optimizer.init(state.params)) if setting.fresh_optimizer else state
+
+
+Measured = list[tuple[str, Measurement]]
+"""What evaluations found, each with the name of its evaluation."""
 
 
 def evaluate(
@@ -192,14 +318,16 @@ def evaluate(
     step: int,
     writer: RunWriter | NullWriter,
     stopped: Callable[[], bool] = lambda: False,
-) -> bool:
-    """Run every evaluation on the state's parameters and record what it measures; False if `stopped()` cut it short."""
+) -> Measured | None:
+    """Run every evaluation on the state's parameters and record what it measures; None if `stopped()` cut it short."""
+    measured = []
     for evaluator in evaluators:
         for found in evaluator.run(state.params):
             writer.measure(step, evaluator.name, found.name, found.value, found.count, found.where)
+            measured.append((evaluator.name, found))
             if stopped():
-                return False
-    return True
+                return None
+    return measured
 
 
 def check_finite(scalars: dict[str, float], step: int, limit: int) -> None:
@@ -214,14 +342,17 @@ def check_finite(scalars: dict[str, float], step: int, limit: int) -> None:
 class Meter:
     """Speed since it was last read, and memory."""
 
-    def __init__(self, tokens_per_step: int, flops_per_token: float):
-        self._tokens, self._flops = tokens_per_step, flops_per_token
+    def __init__(self, tokens_per_step: int, flops_per_token: float, begun: tuple[int, int] = (0, 0)):
+        """`begun`: steps and tokens before those that it counts."""
+        self._tokens, self._flops, self._begun = tokens_per_step, flops_per_token, begun
         self._step: int | None = None
         self._time = time.monotonic()
         self.tokens_per_second = float("nan")
 
     def read(self, step: int) -> dict[str, float]:
-        now, figures = time.monotonic(), {"tokens": float(step * self._tokens), "memory_bytes": float(memory_in_use())}
+        now, (steps, before) = time.monotonic(), self._begun
+        tokens = before + (step - steps) * self._tokens
+        figures = {"tokens": float(tokens), "memory_bytes": float(memory_in_use())}
         if self._step is not None and step > self._step:  # the first step compiles: its time says nothing
             seconds = (now - self._time) / (step - self._step)
             self.tokens_per_second = self._tokens / seconds

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import optax
 
 from irope_jax.core.config import ConfigError, nearest
@@ -89,8 +90,8 @@ class OptimizerConfig:
             raise ConfigError("clip_norm", self.clip_norm, "must be positive, or None for no clipping")
 
 
-def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
-    """Rate by step (counted from 0) of a run of `steps` steps.
+def learning_rate(config: OptimizerConfig, steps: int, begins: int = 0) -> optax.Schedule:
+    """Rate by step (counted from 0) of a run of `steps` steps, the first of which is counted as `begins`.
 
     Raises:
       ConfigError: warm-up and decay take more steps than there are.
@@ -114,7 +115,8 @@ def learning_rate(config: OptimizerConfig, steps: int) -> optax.Schedule:
             )
         case ConstantRate():
             then = optax.constant_schedule(peak)
-    return optax.join_schedules([warm, then], [spec.warmup])
+    schedule = optax.join_schedules([warm, then], [spec.warmup])
+    return (lambda count: schedule(jnp.maximum(count - begins, 0))) if begins else schedule
 
 
 MOVED_BY_RULE = ("*/balance_bias",)
@@ -161,13 +163,13 @@ def frozen(config: OptimizerConfig, params: Any) -> Any:
     return found
 
 
-def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransformation:
-    """The optax transformation of a config for a run of `steps` steps; frozen parameters get updates of zero."""
+def make_optimizer(config: OptimizerConfig, steps: int, begins: int = 0) -> optax.GradientTransformation:
+    """The optax transformation of a config for `steps` steps, the first counted as `begins`; frozen ones get zeros."""
     clip = optax.clip_by_global_norm(config.clip_norm) if config.clip_norm is not None else optax.identity()
     adamw = optax.chain(
         clip,
         optax.adamw(
-            learning_rate(config, steps),
+            learning_rate(config, steps, begins),
             b1=config.b1,
             b2=config.b2,
             eps=config.eps,

@@ -2,6 +2,7 @@
 
 import os
 import signal
+from dataclasses import replace
 from types import SimpleNamespace
 
 import jax
@@ -12,7 +13,7 @@ from irope_jax.checkpoint.native import CheckpointConfig, CheckpointError, Check
 from irope_jax.core.numerics import assert_equal_trees
 from irope_jax.core.records import NullWriter
 from irope_jax.evals.evaluator import Measurement
-from irope_jax.experiment import check_devices
+from irope_jax.stages import settings_of
 from irope_jax.train.loop import Meter, Outcome, TrainingError, check_finite, train
 from tests import tiny
 
@@ -57,15 +58,12 @@ class Fingerprints:
 def go(directory, *overrides, writer=None, stop_at=None):
     experiment = tiny.experiment(*overrides)
     writer = writer or Notes(stop_at)
+    settings = settings_of(experiment, jax.device_count())
     outcome = train(
         directory,
-        model=experiment.model,
-        data=experiment.data,
-        config=experiment.train,
-        mesh=check_devices(experiment, jax.device_count()),
+        [replace(setting, evaluators=[Fingerprints()]) for setting in settings],
         checkpoint=experiment.checkpoint,
         seed=experiment.seed,
-        evaluators=[Fingerprints()],
         writer=writer,
         meta={"who": "test"},
     )
