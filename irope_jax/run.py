@@ -32,7 +32,7 @@ from irope_jax.sharding.mesh import make_mesh
 from irope_jax.show import show_verb
 from irope_jax.stages import experiment_at, settings_of
 from irope_jax.study.plots import PlotsMissingError
-from irope_jax.study.report import terminal_tables, write_report
+from irope_jax.study.report import summary_tables, terminal_tables, write_report
 from irope_jax.train.loop import TrainingError, train
 from irope_jax.train.state import params_for
 from irope_jax.transfer import import_verb
@@ -81,7 +81,22 @@ def train_verb(args: argparse.Namespace, overrides: Overrides) -> int:
         log.info("stopped at step %d with everything saved in %s; the same command goes on", outcome.step, directory)
         return 128 + outcome.stopped_by
     log.info("step %d reached; run directory %s", outcome.step, directory)
+    if is_main_process():
+        _summary(directory)
     return 0
+
+
+def _summary(directory: Path) -> None:
+    """What a finished run found, and what can be done with it."""
+    console = Console(stderr=True)
+    for table in summary_tables([directory]):
+        console.print(table)
+    for command, what in (
+        (f"irope report {directory}", "tables and pictures on a page"),
+        (f"irope eval {directory}", "evaluate again, longer or otherwise: --config.evals..."),
+        (f"irope export {directory} exported/{directory.name}", "a Hugging Face folder"),
+    ):
+        console.print(f"next: {command}   [dim]{what}[/dim]", highlight=False, soft_wrap=True)
 
 
 def _writer(directory: Path, values: dict, mark: str, on_config_change: str) -> RunWriter | NullWriter:

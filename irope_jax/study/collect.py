@@ -43,12 +43,17 @@ class Arm:
 
     @property
     def training_length(self) -> int | None:
-        """Tokens per training sequence, `config["data"]["seq_len"]`; `None` if the config does not say."""
-        return lookup(self.run.config, "data", "seq_len")
+        """Tokens per training sequence, of the last stage where there are several; `None` if nothing says it."""
+        staged = [event.details.get("length") for event in self.run.events if event.name == "stage"]
+        return staged[-1] if staged else lookup(self.run.config, "data", "seq_len")
 
     @property
     def planned_steps(self) -> int | None:
-        return lookup(self.run.config, "train", "steps")
+        """Of a run of stages, which gates may end early, those it took once it is finished."""
+        if not lookup(self.run.config, "stages"):
+            return lookup(self.run.config, "train", "steps")
+        done = [event.step for event in self.run.events if event.name == "finished"]
+        return done[-1] if done else None
 
     @property
     def finished(self) -> bool:
@@ -220,6 +225,8 @@ def missing(arms: Iterable[Arm]) -> list[str]:
         step, planned = arm.run.last_step, arm.planned_steps
         if not arm.run.train:
             notes.append(f"{arm.label}: recorded no training step.")
+        elif planned is None and lookup(arm.run.config, "stages"):
+            notes.append(f"{arm.label}: not finished, stopped at step {step:,}.")
         elif planned is None:
             notes.append(f"{arm.label}: its config does not say how many steps were planned (train.steps).")
         elif step < planned:

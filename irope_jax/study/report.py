@@ -17,6 +17,7 @@ import irope_jax
 from irope_jax.core.records import RecordError
 from irope_jax.study import plots, tables
 from irope_jax.study.collect import Arm, load_arms, missing, nll_by_position, retrieval
+from irope_jax.study.stages import stages_table
 
 PAGE = "report.md"
 
@@ -49,6 +50,7 @@ def write_report(
             _opening(arms, out, title),
             _missing(arms),
             _runs(arms),
+            _stages(arms),
             _retrieval(arms, out),
             _perplexity(arms, out),
             _training(arms, out),
@@ -67,7 +69,20 @@ def terminal_tables(run_directories: Sequence[str | os.PathLike]) -> list:
     Of what was not measured there is no table. Intervals are left to the page, so that 80 columns suffice.
     """
     arms = load_arms(run_directories)
-    found = [*_retrieval_tables(arms, False), tables.nll_by_length_table(arms), tables.nll_by_position_table(arms)]
+    found = [
+        *map(stages_table, arms),
+        *_retrieval_tables(arms, False),
+        tables.nll_by_length_table(arms),
+        tables.nll_by_position_table(arms),
+    ]
+    return [table.rich() for table in found if table is not None]
+
+
+def summary_tables(run_directories: Sequence[str | os.PathLike]) -> list:
+    """The shortest of them, for the end of a run: its stages, else retrieval and loss by length."""
+    arms = load_arms(run_directories)
+    staged = [table for arm in arms if (table := stages_table(arm)) is not None]
+    found = staged or [tables.retrieval_table(arms, intervals=False), tables.nll_by_length_table(arms)]
     return [table.rich() for table in found if table is not None]
 
 
@@ -97,6 +112,11 @@ def _missing(arms: Sequence[Arm]) -> str:
     if not notes:
         return ""
     return "\n".join(["> **Read this first**", ">", *(f"> - {note}" for note in notes)])
+
+
+def _stages(arms: Sequence[Arm]) -> str:
+    found = [table for arm in arms if (table := stages_table(arm)) is not None]
+    return "\n\n".join(["## Stages", *(f"{table.title}:\n\n{table.markdown()}" for table in found)]) if found else ""
 
 
 def _runs(arms: Sequence[Arm]) -> str:
