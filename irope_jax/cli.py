@@ -316,6 +316,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not isinstance(error, EXPECTED_ERRORS) or os.environ.get("IROPE_TRACEBACK"):
             if not _others_wait():
                 raise
+            from irope_jax.core import hosts, pulse
+
+            if gone := hosts.lost_process(error):
+                pulse.end_at_once(gone)
             traceback.print_exc()
         else:
             print(f"irope: error: {error}", file=sys.stderr)
