@@ -139,8 +139,9 @@ def find_cluster(environ: Mapping[str, str], *, tpu_chips: bool) -> str | None:
     return None
 
 
-HEARTBEAT = 60
-"""Seconds after which jax itself ends the others of a dead process; `pulse` is faster, and names it."""
+HEARTBEAT = 90
+"""Seconds after which jax itself ends the others of a dead process, at the latest; half of it was seen (jax 0.10.2).
+`pulse` has to be faster, as it names the host."""
 
 _pulse: Pulse | None = None
 

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 log = logging.getLogger(__name__)
 
 EVERY = 3.0
-SILENT = 40.0
+SILENT = 30.0
 """Seconds without a sign of life after which a process is given up. A thread gets its turn while others compute."""
 
 GONE = 75
