@@ -344,10 +344,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not isinstance(error, EXPECTED_ERRORS) or os.environ.get("IROPE_TRACEBACK"):
             if not _others_wait():
                 raise
-            from irope_jax.core import hosts, pulse
+            from irope_jax.core import hosts
 
-            if gone := hosts.lost_process(error):
-                pulse.end_at_once(gone)
+            hosts.end_if_another_is_gone(error)
             traceback.print_exc()
         else:
             print(f"irope: error: {error}", file=sys.stderr)

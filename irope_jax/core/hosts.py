@@ -218,6 +218,12 @@ def _start_pulse() -> None:
 LOST = ("gloo", "nccl", "connection", "socket", "peer", "coordination", "heartbeat", "barrier")
 
 
+def end_if_another_is_gone(error: BaseException) -> None:
+    """End this process with a line that names the one that is gone, if that is what the error is about."""
+    if gone := lost_process(error):
+        _pulse.end(gone)
+
+
 def lost_process(error: BaseException) -> str | None:
     """Who is gone, if an error says that another process does not answer; waits until that is known, under a minute."""
     if _pulse is None or not any(word in str(error).lower() for word in LOST):

@@ -106,17 +106,16 @@ class Pulse:
                 log.debug("no answer from process 0", exc_info=True)
                 continue
             if gone is not None:
-                if not self._stop.wait(2 * EVERY):  # others read it meanwhile
-                    end(gone)
+                end(gone)
                 return
 
     def start(self) -> None:
-        threading.Thread(target=self.beat, args=(end_at_once,), name="pulse", daemon=True).start()
+        threading.Thread(target=self.beat, args=(self.end,), name="pulse", daemon=True).start()
 
-
-def end_at_once(gone: str) -> None:
-    """One line, and this process is over: what it waits for does not come."""
-    print(
-        f"irope: error: {gone}; start all again, the run goes on from its last checkpoint", file=sys.stderr, flush=True
-    )
-    os._exit(GONE)
+    def end(self, gone: str) -> None:
+        """One line, and this process is over: what it waits for does not come. Process 0 goes when others have read."""
+        fix = "start all again, the run goes on from its last checkpoint"
+        print(f"irope: error: {gone}; {fix}", file=sys.stderr, flush=True)
+        if self._process == 0:
+            time.sleep(2 * EVERY)
+        os._exit(GONE)
