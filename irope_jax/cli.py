@@ -24,6 +24,8 @@ A run is a config file; every value of it can be changed on the command line:
   irope show   --config=configs/debug.py                      what would run: values, layers, bytes a device
   irope train  --config=configs/debug.py                      train into runs/debug, or go on where it stopped
   irope train  --config=configs/debug.py --config.model.num_layers=8 --run-dir=runs/deep
+  irope launch --processes=4 -- train --config=configs/debug.py
+                                                              four processes here, started again if one dies
   irope eval   runs/debug                                     evaluate its newest checkpoint
   irope report runs/debug runs/deep                           tables and pictures of several runs on one page
   irope import model.gguf runs/model                          a Hugging Face or GGUF model as a run directory
@@ -107,6 +109,29 @@ SIGTERM and Ctrl-C save and leave (exit code 128 + signal); a second Ctrl-C leav
         help="when the run directory has other values: refuse, listing them (default), or go on and record it",
     )
     _add_hosts(train)
+
+    start = verb(
+        "launch",
+        "several processes of a run on this machine",
+        """\
+Start `irope train` (or eval) in several processes that find each other, with their output marked by number. When one
+dies the others are ended and all are started again, which goes on from the newest checkpoint. SIGTERM, SIGUSR1 and
+Ctrl-C go to all of them: they save and leave. On several machines use scripts/launch/.
+
+examples:
+  irope launch --processes=4 -- train --config=configs/debug.py --config.mesh.data=4
+  irope launch --processes=2 --devices-per-process=4 --restarts=10 -- train --config=configs/quickstart.py:irope
+
+The exit code is that of the run; 2, a wrong command or config, is not tried again.
+""",
+    )
+    start.add_argument("--processes", type=int, required=True, metavar="N", help="how many processes")
+    start.add_argument(
+        "--devices-per-process", type=int, metavar="N", help="simulated CPU devices in each (default: as jax finds)"
+    )
+    start.add_argument(
+        "--restarts", type=int, default=3, metavar="N", help="how many times to start all again (default: 3)"
+    )
 
     evaluate = verb(
         "eval",
@@ -296,7 +321,10 @@ def split_overrides(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb; returns the exit code."""
     try:
-        rest, overrides = split_overrides(sys.argv[1:] if arguments is None else arguments)
+        arguments = list(sys.argv[1:] if arguments is None else arguments)
+        if arguments[:1] == ["launch"]:
+            return _launch(arguments)
+        rest, overrides = split_overrides(arguments)
         parsed = _parse(rest)
         if overrides and parsed.verb == "report":
             fix = "irope report reads finished runs; it takes no config"
@@ -316,10 +344,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not isinstance(error, EXPECTED_ERRORS) or os.environ.get("IROPE_TRACEBACK"):
             if not _others_wait():
                 raise
+            from irope_jax.core import hosts
+
+            hosts.end_if_another_is_gone(error)
             traceback.print_exc()
         else:
             print(f"irope: error: {error}", file=sys.stderr)
         return _leave(getattr(error, "exit_code", 1))
+
+
+def _launch(arguments: list[str]) -> int:
+    """What follows `--` belongs to the processes that are started."""
+    from irope_jax.launch import launch_verb  # and not `run`: no jax here
+
+    cut = arguments.index("--") if "--" in arguments else len(arguments)
+    return launch_verb(_parse(arguments[:cut]), arguments[cut + 1 :])
 
 
 def _others_wait() -> bool:

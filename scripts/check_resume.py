@@ -42,13 +42,13 @@ class Run:
     size_before: int = 0
 
     @classmethod
-    def start(cls, directory: Path, command: list[str]) -> Run:
+    def start(cls, directory: Path, command: list[str], **environ: str) -> Run:
         log = open(directory.with_suffix(".log"), "ab")  # noqa: SIM115 (the process keeps it)
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         with log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "irope_jax.cli", *command, f"--run-dir={directory}"],
-                stdout=log, stderr=log, env=os.environ | {"PYTHONPATH": path},
+                stdout=log, stderr=log, env=os.environ | {"PYTHONPATH": path} | environ,
             )  # fmt: skip
         records = directory / "records.jsonl"
         return cls(directory, process, time.monotonic(), records.stat().st_size if records.exists() else 0)
@@ -117,12 +117,12 @@ def phases(kills: int, draw: random.Random) -> list[str]:
     return sorted(drawn, key=lambda phase: phase == "evaluation")
 
 
-def uninterrupted(directory: Path, command: list[str]) -> dict[str, float]:
+def uninterrupted(directory: Path, command: list[str], **environ: str) -> dict[str, float]:
     """Run it once; seconds by phase."""
     from irope_jax.core.records import load_run
 
     began = time.time()
-    run = Run.start(directory, command)
+    run = Run.start(directory, command, **environ)
     if run.process.wait() != 0:
         sys.exit(f"the uninterrupted run failed with exit code {run.process.returncode}; see {directory}.log")
     took, read = run.seconds, load_run(directory)

@@ -174,13 +174,26 @@ def test_report_of_a_run_is_a_page_with_pictures(capfd, copy):
 
 
 @pytest.mark.parametrize("file", ["state/manifest.ocdbt", "state/d/*", "data/metadata", "state/_METADATA"])
-def test_a_damaged_checkpoint_is_one_clear_error(capfd, copy, config, file):
-    damaged = [p for p in (copy / "checkpoints" / "6").glob(file) if p.is_file()]
+def test_a_damaged_checkpoint_is_one_clear_error(capfd, copy, file):
+    damage(copy, file)
+    code, _, err = irope(capfd, "eval", copy, "--step=6")
+    last_line_is_the_error(code, err, str(copy / "checkpoints" / "6"), file.partition("*")[0], "were written")
+
+
+def test_training_goes_on_from_the_checkpoint_before_a_damaged_one(capfd, copy, config):
+    damage(copy, "state/d/*")
+    code, _, err = irope(capfd, "train", config, f"--run-dir={copy}")
+    assert code == 0 and "resuming at step 4" in err and "checkpoints/6: state/d/" in err, err
+    with Checkpoints(copy) as checkpoints:
+        assert checkpoints.latest == 6
+    assert [path.name for path in (copy / "damaged_checkpoints").iterdir()] == ["6"]
+
+
+def damage(run, file):
+    damaged = [p for p in (run / "checkpoints" / "6").glob(file) if p.is_file()]
     assert damaged
     for path in damaged:
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    arguments = ["train", config, f"--run-dir={copy}", "--config.train.steps=7", "--on-config-change=accept"]
-    last_line_is_the_error(*irope(capfd, *arguments)[::2], str(copy / "checkpoints" / "6"), "delete the directory")
 
 
 def test_other_layers_of_the_same_parameters_are_evaluated(whole, capfd):

@@ -6,6 +6,7 @@ mesh; process 0 alone writes records and prints. What a process feeds to the mes
 
 from __future__ import annotations
 
+import atexit
 import importlib.util
 import json
 import logging
@@ -28,6 +29,8 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from irope_jax.core.config import ConfigError
+from irope_jax.core.notices import NoticeWatch
+from irope_jax.core.pulse import Pulse
 
 log = logging.getLogger(__name__)
 
@@ -136,6 +139,13 @@ def find_cluster(environ: Mapping[str, str], *, tpu_chips: bool) -> str | None:
     return None
 
 
+HEARTBEAT = 90
+"""Seconds after which jax itself ends the others of a dead process, at the latest; half of it was seen (jax 0.10.2).
+`pulse` has to be faster, as it names the host."""
+
+_pulse: Pulse | None = None
+
+
 def initialise(hosts: Hosts) -> None:
     """Join the other processes of the run, if there are any. Call it before anything asks jax for a device.
 
@@ -167,7 +177,9 @@ def initialise(hosts: Hosts) -> None:
     with _Deadline(until, _absent(hosts, cluster)):
         try:
             # its own deadline ends the process with a stack trace, so that ours has to come first
-            jax.distributed.initialize(**how, initialization_timeout=hosts.join_timeout + 60)
+            jax.distributed.initialize(
+                **how, initialization_timeout=hosts.join_timeout + 60, heartbeat_timeout_seconds=HEARTBEAT
+            )
         except (RuntimeError, ValueError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             if cluster is None:
@@ -176,12 +188,47 @@ def initialise(hosts: Hosts) -> None:
                 fix = f"jax cannot join the processes of this cluster ({reason}); say where they meet: --coordinator, "
                 fix += "--process-id, --num-processes; or --num-processes=1 to work alone"
             raise ConfigError("--coordinator", hosts.coordinator or cluster, fix) from None
+    _start_pulse()
     if jax.default_backend() == "cpu" and jax.config.jax_compilation_cache_dir:
         # jax 0.10.2: programs of several CPU processes that come out of the cache compute other numbers than those that
         # went in (a sequence cut across two processes; losses differ in the fourth digit).
         jax.config.update("jax_enable_compilation_cache", False)
         if is_main_process():
             log.warning("compilation cache not used: it cannot be trusted with several processes on CPUs")
+
+
+def _start_pulse() -> None:
+    global _pulse
+    if jax.process_count() == 1:
+        return
+    try:
+        from jax._src.distributed import global_state  # jax has no public door to its store
+
+        store = global_state.client
+        store.key_value_dir_get("irope/")
+    except Exception as error:
+        log.warning("this jax does not let processes watch each other (%s); its own messages will have to do", error)
+        return
+    _pulse = Pulse(store, jax.process_index())
+    _pulse.turn()  # from now on its silence is heard
+    _pulse.start()
+    atexit.register(_pulse.leave)  # before jax's own leaving, which waits for all
+
+
+LOST = ("gloo", "nccl", "connection", "socket", "peer", "coordination", "heartbeat", "barrier")
+
+
+def end_if_another_is_gone(error: BaseException) -> None:
+    """End this process with a line that names the one that is gone, if that is what the error is about."""
+    if gone := lost_process(error):
+        _pulse.end(gone)
+
+
+def lost_process(error: BaseException) -> str | None:
+    """Who is gone, if an error says that another process does not answer; waits until that is known, under a minute."""
+    if _pulse is None or not any(word in str(error).lower() for word in LOST):
+        return None
+    return _pulse.who()
 
 
 def _absent(hosts: Hosts, cluster: str | None) -> str:
@@ -338,10 +385,11 @@ def to_host(array: jax.Array) -> np.ndarray:
 
 
 class StopRequest:
-    """Turns SIGTERM and SIGINT into a flag while the `with` block runs; a second SIGINT interrupts at once.
+    """Turns SIGTERM, SIGUSR1 and SIGINT into a flag while the `with` block runs; a second SIGINT interrupts at once.
 
-    Preemptible machines send SIGTERM some seconds before they go; the training loop looks at `signal` between steps,
-    saves, and leaves.
+    Preemptible machines send SIGTERM some seconds before they go, SLURM what `--signal` names; a Cloud TPU host is told
+    by its metadata server, which counts as SIGTERM here. The training loop looks at `signal` between steps, saves, and
+    leaves.
 
     Often one process only gets the signal, and all have to leave at the same step. Each process adds a `vote` to every
     training step, one integer of which the step returns the greatest; `hear` reads it one step later, when it is there
@@ -354,6 +402,7 @@ class StopRequest:
         self._agreed: signal.Signals | None = None
         self._unread: list[jax.Array] = []
         self._previous: dict[int, object] = {}
+        self._notices: NoticeWatch | None = None
 
     @property
     def signal(self) -> signal.Signals | None:
@@ -395,11 +444,20 @@ class StopRequest:
             raise KeyboardInterrupt
         self._came = signal.Signals(number)
 
+    def _notice(self, _: str) -> None:
+        if self._came is None:
+            self._came = signal.SIGTERM
+
     def __enter__(self) -> StopRequest:
-        for number in (signal.SIGTERM, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
             self._previous[number] = signal.signal(number, self._handle)
+        if _tpu_chips() and "TPU_SKIP_MDS_QUERY" not in os.environ:
+            self._notices = NoticeWatch(self._notice)
+            self._notices.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._notices is not None:
+            self._notices.stop()
         for number, handler in self._previous.items():
             signal.signal(number, handler)

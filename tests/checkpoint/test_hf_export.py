@@ -12,7 +12,7 @@ from safetensors.numpy import load_file
 
 from irope_jax import cli
 from irope_jax.attention.mask import Chunked, Global, Sliding
-from irope_jax.checkpoint import hf_names
+from irope_jax.checkpoint import checksums, hf_names
 from irope_jax.checkpoint.hf_config import context_length, model_from_hf
 from irope_jax.checkpoint.hf_export import Writing, write_weights
 from irope_jax.checkpoint.hf_families import FAMILIES
@@ -324,6 +324,7 @@ def test_what_fails_leaves_nothing_and_says_one_line(tmp_path, capfd):
     with Checkpoints(run, CheckpointConfig()) as checkpoints:
         store = checkpoints.arrays()["final_norm", "scale"]
         store[3].write(np.float32(np.nan)).result()
+    checksums.write_list(run / "checkpoints" / "0")
     assert cli.main(["export", str(run), str(dst)]) == 1
     assert "model.norm.weight: holds numbers that are not finite" in capfd.readouterr().err
     assert list(dst.parent.iterdir()) == []
