@@ -26,6 +26,7 @@ A run is a config file; every value of it can be changed on the command line:
   irope train  --config=configs/debug.py --config.model.num_layers=8 --run-dir=runs/deep
   irope launch --processes=4 -- train --config=configs/debug.py
                                                               four processes here, started again if one dies
+  irope prepare texts/ --tokenizer=tokenizer.json --out=shards  text, JSONL or parquet as token shards to train on
   irope eval   runs/debug                                     evaluate its newest checkpoint
   irope report runs/debug runs/deep                           tables and pictures of several runs on one page
   irope import model.gguf runs/model                          a Hugging Face or GGUF model as a run directory
@@ -132,6 +133,45 @@ The exit code is that of the run; 2, a wrong command or config, is not tried aga
     start.add_argument(
         "--restarts", type=int, default=3, metavar="N", help="how many times to start all again (default: 3)"
     )
+
+    make = verb(
+        "prepare",
+        "text, JSONL or parquet as token shards",
+        """\
+Turn text into token shards that training reads piece by piece: SRC are files, quoted glob patterns or directories of
+.txt, .md, .jsonl and .parquet, possibly compressed (.xz, .gz, .bz2, .zst); without any, the text of a config is taken.
+OUT is a directory, gs://BUCKET/... or s3://BUCKET/...; it holds zarr3 arrays, and manifest.json when all is whole.
+
+examples:
+  irope prepare texts/ --tokenizer=tokenizer.json --bos='<s>' --eos='</s>' --out=shards
+  irope prepare 'web/*.jsonl.zst' --config=configs/long.py --on-bad-record=skip --out=gs://bucket/shards
+  irope prepare --config=configs/quickstart.py:irope --out=shards --verify
+  irope train   --config=configs/long.py --config.data.mixture.0.source="{'kind': 'shards', 'path': 'shards'}"
+
+Killed and started again with the same command, it keeps the shards that are whole and goes on; the result is the same.
+""",
+        CONFIG_HELP,
+    )
+    make.add_argument("sources", nargs="*", metavar="SRC", help="files, patterns, directories")
+    make.add_argument("--out", required=True, metavar="OUT", help="where to write")
+    make.add_argument("--config", metavar="FILE[:ARG]", help="config with the tokenizer, and the text if no SRC")
+    make.add_argument("--ingredient", type=int, metavar="N", help="which text of the config's mixture, from 0")
+    make.add_argument("--tokenizer", metavar="FILE", help="tokenizer.json, or bytes (default: that of the config)")
+    make.add_argument("--bos", default="", metavar="TEXT", help="token that begins a document (default: a new id)")
+    make.add_argument("--eos", default="", metavar="TEXT", help="token that ends a document (default: a new id)")
+    make.add_argument("--field", default="text", metavar="NAME", help="key or column of the text (default: text)")
+    make.add_argument(
+        "--separator", default="", metavar="TEXT", help="between documents of a text file (default: it is one)"
+    )
+    make.add_argument(
+        "--on-bad-record",
+        choices=("error", "skip"),
+        help="a line, row or file that cannot be read: stop and name it (default), or leave it out and count it",
+    )
+    make.add_argument(
+        "--shard-tokens", type=int, default=1 << 25, metavar="N", help="tokens of a shard (default: 33554432)"
+    )
+    make.add_argument("--verify", action="store_true", help="in the end read all shards and compare their checksums")
 
     evaluate = verb(
         "eval",

@@ -27,6 +27,7 @@ from irope_jax.experiment import check_devices, load_config, resolve, run_config
 from irope_jax.export import export_verb
 from irope_jax.model.config import draw_layers
 from irope_jax.position.longrope_search import SearchError
+from irope_jax.prepare import prepare_verb
 from irope_jax.search import search_rope_verb
 from irope_jax.sharding.mesh import make_mesh
 from irope_jax.show import show_verb
@@ -189,6 +190,7 @@ VERBS = {
     "eval": eval_verb,
     "export": export_verb,
     "import": import_verb,
+    "prepare": prepare_verb,
     "report": report_verb,
     "search-rope": search_rope_verb,
     "show": show_verb,

@@ -22,7 +22,7 @@ import numpy as np
 
 from irope_jax.core.types import TokenInfo
 from irope_jax.data.documents import tokenized
-from irope_jax.data.sources import Corpus
+from irope_jax.data.sources import Corpus, open_source
 from irope_jax.experiment import resolve, run_config
 from irope_jax.model.decoder import logits
 from irope_jax.sharding.mesh import MeshConfig, make_mesh
@@ -56,7 +56,7 @@ def main() -> None:
     experiment = resolve(run_config(args.run))
     tokenizer = experiment.data.tokenizer
     tokens = tokenized(Corpus("test"), tokenizer)[0][None, 1 : args.tokens + 1]
-    text = next(iter(Corpus("test").read()))[:20_000]
+    text = open_source(Corpus("test"))[0][:20_000]
     with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])):
         params, _ = load_params(args.run, experiment.model, jax.sharding.get_mesh())
         ours = jax.jit(lambda p, t: logits(experiment.model, p, t, TokenInfo.single(*t.shape)))(params, tokens)

@@ -26,7 +26,7 @@ LAYERS = {
     "plan": 8,
     "commands": 9,
 }
-COMMANDS = ("experiment", "run", "search", "show", "transfer", "export", "verify", "stages", "launch", "cli", "__main__")
+COMMANDS = ("experiment", "run", "search", "show", "transfer", "export", "verify", "stages", "launch", "prepare", "cli", "__main__")
 ONLY = {"study": ("core",)}
 """Rooms that may import less than their layer allows."""
 

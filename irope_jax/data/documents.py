@@ -1,18 +1,21 @@
-"""Token documents in memory, and how long ones are cut into training pieces or whole windows.
+"""Token documents, in memory or in shards, and how long ones are cut into training pieces or whole windows.
 
-A source is tokenized once per process and kept as one flat array of the smallest integer type; everything after that
-is slicing. Which piece is trained on when belongs to `pipeline`, which pieces share a row to `packing`.
+A text source is tokenized once per process and kept as one flat array of the smallest integer type; shards are read
+where they are asked for. Everything after that is slicing. Which piece is trained on when belongs to `mixing` and
+`pipeline`, which pieces share a row to `packing`.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 
-from irope_jax.data.sources import SourceSpec, open_source
+from irope_jax.data.shards import ShardedTokens, open_shards, token_documents
+from irope_jax.data.sources import Shards, SourceSpec, open_source
 from irope_jax.data.tokenizer import TokenizerSpec
 
 
@@ -38,18 +41,29 @@ class TokenStore:
     """All documents of a source as one flat array.
 
     Attributes:
-      flat: uint16 or uint32 `[total]`; each document is bos, its text, eos.
+      flat: uint16 or uint32 `[total]`, an array or what gives arrays when sliced (`shards.ShardedTokens`); each
+        document is bos, its text, eos.
       starts: int64 `[D + 1]`; document d is `flat[starts[d]:starts[d + 1]]`.
+      fingerprint: differs where the tokens differ; computed from arrays where none is given.
     """
 
-    def __init__(self, flat: np.ndarray, starts: np.ndarray):
+    def __init__(self, flat: np.ndarray | ShardedTokens, starts: np.ndarray, fingerprint: str | None = None):
         self.flat, self.starts = flat, starts
+        if fingerprint is not None:
+            self.fingerprint = fingerprint
 
     def __len__(self) -> int:
         return len(self.starts) - 1
 
     def __getitem__(self, document: int) -> np.ndarray:
         return self.flat[self.starts[document] : self.starts[document + 1]].astype(np.int32)
+
+    def start(self, begin: int, end: int) -> Callable[[], np.ndarray]:
+        """Begin to read `flat[begin:end]` as int32; what is returned waits for it and gives it."""
+        if isinstance(self.flat, ShardedTokens):
+            reading = self.flat.start(slice(begin, end))
+            return lambda: reading().astype(np.int32)
+        return lambda: self.flat[begin:end].astype(np.int32)
 
     @functools.cached_property
     def targets(self) -> np.ndarray:
@@ -65,14 +79,15 @@ class TokenStore:
 
 @functools.lru_cache(maxsize=8)
 def tokenized(source: SourceSpec, tokenizer: TokenizerSpec) -> TokenStore:
-    """The documents of a source as tokens; read and encoded at the first call, then remembered by the process."""
-    dtype = np.uint16 if tokenizer.vocab_size <= 1 << 16 else np.uint32
-    bos, eos = np.array([tokenizer.bos_id], dtype), np.array([tokenizer.eos_id], dtype)
+    """The documents of a source as tokens; opened, or read and encoded, at the first call, then remembered."""
+    if isinstance(source, Shards):
+        flat, starts, fingerprint = open_shards(source, tokenizer)
+        return TokenStore(flat, starts, fingerprint)
     texts, parts, lengths = open_source(source), [], []
     for first in range(0, len(texts), 1024):
-        for ids in tokenizer.encode_batch(texts[first : first + 1024]):
-            parts += [bos, ids.astype(dtype), eos]
-            lengths.append(len(ids) + 2)
+        for document in token_documents(texts[first : first + 1024], tokenizer):
+            parts.append(document)
+            lengths.append(len(document))
     return TokenStore(np.concatenate(parts), np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64))
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import bisect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -104,9 +104,9 @@ class BestFitPlanner:
 
     def __init__(self, seq_len: int, spec: BestFit):
         self.seq_len, self.spec = seq_len, spec
-        self._open: list[tuple[int, list[tuple[int, int]]]] = []  # (first free start, [(name, start)]), by free start
+        self._open: list[tuple[int, list[tuple[Any, int]]]] = []  # (first free start, [(name, start)]), by free start
 
-    def add(self, name: int, length: int) -> list[tuple[int, int]] | None:
+    def add(self, name: Any, length: int) -> list[tuple[Any, int]] | None:
         """Place a document that takes `length` places; the row this closes, `[(name, start), …]`, or `None`."""
         length, multiple = int(length), self.spec.document_multiple  # numpy integers would not go into a JSON state
         if not 1 <= length <= self.seq_len:
@@ -123,17 +123,17 @@ class BestFitPlanner:
         return fullest
 
     @property
-    def names(self) -> list[list[list[int]]]:
-        """What is waiting: per open row `[[name, start], …]`, fullest last. JSON-able; `restore` reads it."""
+    def names(self) -> list[list[list[Any]]]:
+        """What is waiting: per open row `[[name, start], …]`, fullest last. JSON-able as names are; for `restore`."""
         return [[list(member) for member in members] for _, members in self._open]
 
-    def restore(self, names: Sequence[Sequence[Sequence[int]]], length_of) -> None:
+    def restore(self, names: Sequence[Sequence[Sequence[Any]]], length_of) -> None:
         """Put back what `names` gave; `length_of(name)` must give the length the document was added with."""
         multiple, self._open = self.spec.document_multiple, []
         for members in names:
             name, start = members[-1]
-            free = -(-(start + length_of(name)) // multiple) * multiple
-            self._open.append((free, [(int(n), int(s)) for n, s in members]))
+            free = -(-(int(start) + length_of(name)) // multiple) * multiple
+            self._open.append((free, [(name, int(start)) for name, start in members]))
 
 
 def pack_rows(rows: Sequence[Sequence[Placed]], seq_len: int, pad_id: int, document_multiple: int) -> Batch:

@@ -21,10 +21,14 @@ class SourceError(ConfigError):
       path: the file.
       line: line number from 1 (row number for parquet), or `None` when the whole file is meant.
       fix: what is wrong.
+      lost: how many records are lost with it; damage in the middle of compressed data, of which nobody knows how much
+        follows, counts as one.
+      ends_file: nothing after it can be read in this file.
     """
 
-    def __init__(self, path: str | Path, line: int | None, fix: str):
+    def __init__(self, path: str | Path, line: int | None, fix: str, *, lost: int = 1, ends_file: bool = False):
         super().__init__(str(path) if line is None else f"{path}:{line}", ConfigError.ABSENT, fix)
+        self.lost, self.ends_file = lost, ends_file
 
     def within(self, path: str) -> SourceError:
         return self  # a file name stands alone; the path of a config field in front would hide it
@@ -80,17 +84,20 @@ class _ZstdFrames(io.RawIOBase):
         super().close()
 
 
-def read_lines(path: Path, *, skip_damaged: bool = False) -> Iterator[tuple[int, str]]:
+def lines_of(path: Path) -> Iterator[tuple[int, str | SourceError]]:
     """`(line number from 1, line without its end)`; lines end at newline only. A BOM at the start is dropped.
 
-    Raises:
-      SourceError: broken compression, NUL bytes (binary data) or invalid UTF-8; with `skip_damaged` the last two leave
-        out the line instead.
+    A line with NUL bytes (binary data) or invalid UTF-8 comes as its error; so does broken compression, after which
+    nothing comes. A file that cannot be opened raises.
     """
     number, unfinished = 0, []
     with open_bytes(path) as file:
         while True:
-            block = _read(file, path, number + 1, 1 << 20)
+            try:
+                block = _read(file, path, number + 1, 1 << 20)
+            except SourceError as error:
+                yield number + 1, error
+                return
             first, *others = block.split(b"\n")
             unfinished.append(first)
             if block and not others:
@@ -102,12 +109,25 @@ def read_lines(path: Path, *, skip_damaged: bool = False) -> Iterator[tuple[int,
             for line in lines:
                 number += 1
                 try:
-                    yield number, _decode(line.removesuffix(b"\r"), path, number)
-                except SourceError:
-                    if not skip_damaged:
-                        raise
+                    decoded = _decode(line.removesuffix(b"\r"), path, number)
+                except SourceError as error:
+                    decoded = error
+                yield number, decoded
             if not block:
                 return
+
+
+def read_lines(path: Path, *, skip_damaged: bool = False) -> Iterator[tuple[int, str]]:
+    """`lines_of` without errors.
+
+    Raises:
+      SourceError: the first damage; with `skip_damaged` only that which ends the file, other lines are left out.
+    """
+    for number, line in lines_of(path):
+        if not isinstance(line, SourceError):
+            yield number, line
+        elif line.ends_file or not skip_damaged:
+            raise line from None
 
 
 def read_text(path: Path) -> str:
@@ -136,15 +156,18 @@ def text_of(record: Mapping[str, Any], field: str, path: Path, line: int) -> str
 
 
 def _read(file: BinaryIO, path: Path, line: int, size: int) -> bytes:
+    """Some bytes, at most `size` where that can be kept; empty at the end."""
     try:
-        return file.read(size)
+        return getattr(file, "read1", file.read)(size)  # read1: what comes before damage is given before it raises
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         problem = error
     except Exception as error:  # zstandard's own error type exists only where the library is installed
         if type(error).__name__ != "ZstdError":
             raise
         problem = error
-    raise SourceError(path, line, f"damaged or truncated {path.suffix or 'file'} data ({problem})") from None
+    raise SourceError(
+        path, line, f"damaged or truncated {path.suffix or 'file'} data ({problem})", ends_file=True
+    ) from None
 
 
 def _decode(data: bytes, path: Path, first_line: int) -> str:

@@ -196,10 +196,14 @@ def test_no_sample_comes_twice(open_iterator):
 
 def test_a_state_of_another_stream_is_refused(open_iterator, tmp_path):
     state = open_iterator(MIXED).get_state()
-    for change, words in ({"seed": 5}, "seed"), ({"seq_len": 130}, "seq_len"), ({"batch_size": 8}, "batch_size"):
+    for change, words in ({"seed": 5}, "seed"), ({"seq_len": 130}, "seq_len"):
         with pytest.raises(ConfigError, match=f"{words}.*same data config") as error:
             open_iterator(DataConfig(**{**vars(MIXED), **change})).set_state(state)
         assert "\n" not in str(error.value)
+    fewer = (MIXED.mixture[0],)
+    for change, words in ({"mixture": fewer}, "config.mixture"), ({"tokenizer": ByteTokenizer(129)}, "num_symbols"):
+        with pytest.raises(ConfigError, match=words):
+            open_iterator(DataConfig(**{**vars(MIXED), **change})).set_state(state)
     open_iterator(DataConfig(**{**vars(MIXED), "prefetch": 0})).set_state(state)
     with pytest.raises(ConfigError, match="version"):
         open_iterator(MIXED).set_state(state | {"version": 99})
