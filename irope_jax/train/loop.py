@@ -30,7 +30,7 @@ from irope_jax.model.cost import parameter_counts, train_flops_per_token
 from irope_jax.sharding.mesh import MeshConfig, make_mesh
 from irope_jax.train.feed import Feed, context_layout
 from irope_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
-from irope_jax.train.state import TrainState, init_state, params_from, state_shardings
+from irope_jax.train.state import TrainState, evaluation_params, init_state, params_from, state_shardings
 from irope_jax.train.step import make_train_step
 
 log = logging.getLogger(__name__)
@@ -195,7 +195,7 @@ def evaluate(
 ) -> bool:
     """Run every evaluation on the state's parameters and record what it measures; False if `stopped()` cut it short."""
     for evaluator in evaluators:
-        for found in evaluator.run(state.params):
+        for found in evaluator.run(evaluation_params(state)):
             writer.measure(step, evaluator.name, found.name, found.value, found.count, found.where)
             if stopped():
                 return False
