@@ -27,7 +27,10 @@ def get_config(seed: str = "0") -> ConfigDict:
         seq_len=LENGTH, batch_size=8, mixture=(dict(source=dict(kind="corpus", split="train")),), seed=int(seed)
     )
     config.train = dict(
-        steps=1200, optimizer=dict(learning_rate=3e-3, schedule=dict(kind="cosine", warmup=50), b2=0.98)
+        steps=1200,
+        optimizer=dict(
+            learning_rate=3e-3, schedule=dict(kind="cosine", warmup=50), algorithm=dict(kind="adamw", b2=0.98)
+        ),
     )
     config.checkpoint = dict(every=400)
     config.evals = (dict(kind="perplexity", lengths=(LENGTH, 2048), tokens=65_536),)

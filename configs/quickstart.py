@@ -77,7 +77,7 @@ def get_config(arm: str = "irope") -> ConfigDict:
         optimizer=dict(
             learning_rate={"recall": 3e-3, "irope": 2e-3, "rope": 1e-3}[arm],
             schedule=dict(kind="cosine", warmup=50, final=0.3 if arm == "recall" else 0.05),
-            b2=0.98,
+            algorithm=dict(kind="adamw", b2=0.98),
             weight_decay=0.05,
         ),
         init_from={"recall": None, "irope": "runs/quickstart/recall", "rope": "runs/quickstart/irope"}[arm],

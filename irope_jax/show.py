@@ -95,11 +95,17 @@ def layout_lines(experiment: Experiment, device_count: int) -> list[str]:
             (leaf.shape, leaf.dtype, sharding)
             for leaf, sharding in zip(jax.tree.leaves(abstract.opt_state), jax.tree.leaves(shardings.opt_state))
         ],
+        "averaged weights": [
+            (leaf.shape, leaf.dtype, sharding)
+            for leaf, sharding in zip(jax.tree.leaves(abstract.averaged), jax.tree.leaves(shardings.averaged))
+        ],
         "gradients": [(leaf.shape, summed(leaf.dtype), sharding) for (_, leaf), sharding in leaves],
     }
     totals = [("held", "bytes a device", "", "bytes in all", "")]
     here_all = whole_all = 0
     for name, tree in trees.items():
+        if not tree:
+            continue
         here = sum(_bytes_here(*leaf) for leaf in tree)
         whole = sum(math.prod(shape) * jnp.dtype(dtype).itemsize for shape, dtype, _ in tree)
         totals.append((name, f"{here:,}", megabytes(here), f"{whole:,}", megabytes(whole)))

@@ -26,7 +26,10 @@ LAYERS = {
     "plan": 8,
     "commands": 9,
 }
-COMMANDS = ("experiment", "run", "search", "show", "transfer", "export", "verify", "stages", "launch", "prepare", "cli", "__main__")
+COMMANDS = (
+    "experiment", "stages", "transfer", "export", "verify", "launch", "prepare", "search", "show", "run", "cli",
+    "__main__",
+)  # fmt: skip
 ONLY = {"study": ("core",)}
 """Rooms that may import less than their layer allows."""
 

@@ -276,27 +276,42 @@ class Checkpoints:
         batch.commit_async().result()
         checksums.write_list(self.directory / str(step))
 
-    def arrays(self, step: int | None = None) -> dict[Keys, Any]:
+    def arrays(self, step: int | None = None, weights: str | None = None) -> dict[Keys, Any]:
         """Parameters of a checkpoint as tensorstores, by path: `array[index].read().result()` reads a block.
+
+        Args:
+          weights: `averaged` or `params`; by default the averaged ones if there are any.
 
         Raises:
           CheckpointError: nothing there, or damaged.
         """
         step = self._step(step)
+        name = self._weights(step, weights)
         try:
-            return self._open(step)
+            return self._open(step, name)
         except Exception as error:
             raise self._unreadable(step, error) from error
 
-    def _open(self, step: int) -> dict[Keys, Any]:
+    def _weights(self, step: int, asked: str | None) -> str:
+        """The name of a tree of parameters in a checkpoint."""
+        try:
+            there = ocp.PyTreeCheckpointHandler().metadata(self.directory / str(step) / "state").tree
+        except Exception as error:
+            raise self._unreadable(step, error) from error
+        averaged = bool(jax.tree.leaves(there.get("averaged")))
+        if asked == "averaged" and not averaged:
+            raise CheckpointError(f"{self.directory / str(step)}: holds no averaged weights; ask for 'params'")
+        return asked or ("averaged" if averaged else "params")
+
+    def _open(self, step: int, name: str = "params") -> dict[Keys, Any]:
         place = self.directory / str(step) / "state"
-        tree = ocp.PyTreeCheckpointHandler().metadata(place).tree["params"]
+        tree = ocp.PyTreeCheckpointHandler().metadata(place).tree[name]
         store = {"driver": "ocdbt", "base": f"file://{place}/"}
         context = ts.Context({"cache_pool": {"total_bytes_limit": _CACHE_BYTES}})
         opened = {}
         for path, _ in jax.tree_util.tree_leaves_with_path(tree):
             keys = tuple(str(key.key) for key in path)
-            where = {**store, "path": ".".join(("params", *keys)) + "/"}
+            where = {**store, "path": ".".join((name, *keys)) + "/"}
             opened[keys] = ts.open({"driver": "auto", "kvstore": where}, context=context, open=True)
         return {keys: found.result() for keys, found in opened.items()}
 
@@ -315,27 +330,28 @@ class Checkpoints:
         restored = self._restore(step, {"state": ocp.args.StandardRestore(target), "data": json(), "meta": json()})
         return restored["state"], restored["data"], restored["meta"]
 
-    def restore_params(self, abstract: Any, shardings: Any, step: int | None = None) -> Any:
-        """Only the parameters, from a state whose other leaves are not read.
+    def restore_params(self, abstract: Any, shardings: Any, step: int | None = None, weights: str | None = None) -> Any:
+        """Only the parameters, from a state whose other leaves are not read; `weights` as for `arrays`.
 
         Raises:
           CheckpointError: as `restore`.
         """
         target = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), abstract, shardings)
         step = self._step(step)
+        name = self._weights(step, weights)
         try:
             with ocp.PyTreeCheckpointer() as reader:
                 restored = reader.restore(
                     self.directory / str(step) / "state",
                     args=ocp.args.PyTreeRestore(
-                        item={"params": target},
-                        restore_args=ocp.checkpoint_utils.construct_restore_args({"params": target}),
+                        item={name: target},
+                        restore_args=ocp.checkpoint_utils.construct_restore_args({name: target}),
                         partial_restore=True,
                     ),
                 )
         except Exception as error:
             raise self._unreadable(step, error) from error
-        return restored["params"]
+        return restored[name]
 
     def read(self, step: int | None = None) -> tuple[Any, Any, dict[str, Any]]:
         """`(state, data, meta)` as they lie in the files, arrays as numpy: for comparing and looking, without a model.

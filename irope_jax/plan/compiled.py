@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax.sharding import Mesh
 
 from irope_jax.context.layout import ContextLayout
@@ -13,7 +12,7 @@ from irope_jax.data.config import DataConfig
 from irope_jax.model.config import ModelConfig
 from irope_jax.sharding.rules import batch_sharding
 from irope_jax.train.loop import TrainConfig
-from irope_jax.train.optimizer import learning_rate, make_optimizer
+from irope_jax.train.optimizer import Optimizer, learning_rate, make_optimizer
 from irope_jax.train.state import TrainState, state_shardings
 from irope_jax.train.step import make_train_step
 
@@ -33,9 +32,7 @@ def abstract_batch(data: DataConfig, layout: ContextLayout, mesh: Mesh) -> Batch
     return Batch(ids, ids, array(jnp.float32), info)
 
 
-def abstract_state(
-    model: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh
-) -> tuple[TrainState, TrainState]:
+def abstract_state(model: ModelConfig, optimizer: Optimizer, mesh: Mesh) -> tuple[TrainState, TrainState]:
     """`(state, shardings)`: the training state without numbers, each leaf with its place, and the places alone."""
     abstract, shardings = state_shardings(model, optimizer, mesh)
     lie = lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)

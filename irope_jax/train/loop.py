@@ -31,8 +31,16 @@ from irope_jax.model.cost import parameter_counts, train_flops_per_token
 from irope_jax.sharding.mesh import make_mesh
 from irope_jax.train.curriculum import Setting, Standing, judge, measured_before, restacked
 from irope_jax.train.feed import Feed, context_layout
-from irope_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
-from irope_jax.train.state import TrainState, init_state, params_from, state_shardings
+from irope_jax.train.optimizer import Optimizer, OptimizerConfig, learning_rate, make_optimizer
+from irope_jax.train.state import (
+    TrainState,
+    beside,
+    evaluation_params,
+    init_state,
+    params_from,
+    start_from,
+    state_shardings,
+)
 from irope_jax.train.step import make_train_step
 
 log = logging.getLogger(__name__)
@@ -124,7 +132,7 @@ class _Begun:
     setting: Setting
     standing: Standing
     mesh: Mesh
-    optimizer: optax.GradientTransformation
+    optimizer: Optimizer
     rate: optax.Schedule
     batches: Feed
     state: TrainState
@@ -162,16 +170,17 @@ def _enter(
     rate = learning_rate(setting.train.optimizer, setting.rate_steps, begins)
     mesh = make_mesh(setting.mesh)
     batches = Feed(setting.data, context_layout(setting.model, setting.mesh), mesh)
-    _, shardings = state_shardings(setting.model, optimizer, mesh)
+    abstract, shardings = state_shardings(setting.model, optimizer, mesh)
     if latest is None:
         state = init_state(setting.model, optimizer, mesh, seed)
         if setting.train.init_from is not None:
             params, step = params_from(setting.train.init_from, setting.model, mesh)
             log.info("parameters from %s, step %d", setting.train.init_from, step)
-            state = state.replace(params=params)
+            state = start_from(state, params, optimizer, shardings)
     else:
         state, place, _ = checkpoints.restore(*state_shardings(there.model, made_by, mesh))
         if crosses:
+            _check_carried(state, abstract, setting, standing.stage)
             with jax.set_mesh(mesh):
                 move = jax.jit(lambda s: moved(s, there.model, setting, optimizer), out_shardings=shardings)
                 state = move(state)
@@ -300,12 +309,22 @@ def _train_stage(
     return Outcome(step)
 
 
-def moved(
-    state: TrainState, source: ModelConfig, setting: Setting, optimizer: optax.GradientTransformation
-) -> TrainState:
+def _check_carried(state: TrainState, abstract: TrainState, setting: Setting, number: int) -> None:
+    """Raises `ConfigError` if a stage is to carry on the state of another kind of optimizer."""
+    names = lambda tree: [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+    beside = lambda it: (len(names(it.opt_state)), it.averaged is None)
+    if not setting.fresh_optimizer and beside(state) != beside(abstract):
+        fix = "its optimizer keeps other things than that of the stage before; use 'reset'"
+        raise ConfigError(f"config.stages.{number}.optimizer_state", "carry", fix)
+
+
+def moved(state: TrainState, source: ModelConfig, setting: Setting, optimizer: Optimizer) -> TrainState:
     """A state of the stage before as the next one takes it: stacked as its model, the optimizer fresh if reset."""
     state = restacked(state, source, setting.model)
-    return state.replace(opt_state=optimizer.init(state.params)) if setting.fresh_optimizer else state
+    if not setting.fresh_optimizer:
+        return state
+    opt_state, averaged = beside(optimizer, state.params)
+    return state.replace(opt_state=opt_state, averaged=averaged)
 
 
 Measured = list[tuple[str, Measurement]]
@@ -322,7 +341,7 @@ def evaluate(
     """Run every evaluation on the state's parameters and record what it measures; None if `stopped()` cut it short."""
     measured = []
     for evaluator in evaluators:
-        for found in evaluator.run(state.params):
+        for found in evaluator.run(evaluation_params(state)):
             writer.measure(step, evaluator.name, found.name, found.value, found.count, found.where)
             measured.append((evaluator.name, found))
             if stopped():

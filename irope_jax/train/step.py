@@ -15,6 +15,7 @@ from irope_jax.model.config import LayerSpec, ModelConfig
 from irope_jax.model.decoder import routed_hidden_states
 from irope_jax.model.routing import RouterSums, moved_bias
 from irope_jax.sharding.rules import token_parts
+from irope_jax.train.optimizer import Optimizer
 from irope_jax.train.state import TrainState
 
 
@@ -100,7 +101,7 @@ def gradients(config: ModelConfig, params: Any, batch: Batch, *, z_loss: float, 
 
 def make_train_step(
     config: ModelConfig,
-    optimizer: optax.GradientTransformation,
+    optimizer: Optimizer,
     rate: optax.Schedule,
     *,
     z_loss: float = 0.0,
@@ -121,12 +122,17 @@ def make_train_step(
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
         bad = 1 - good.astype(jnp.int32)
+        params = move_balance_biases(config, optax.apply_updates(state.params, updates), routers)
+        averaged = state.averaged
+        if optimizer.average is not None:
+            averaged = optimizer.average(averaged, params, opt_state, state.step - state.skipped)
         after = state.replace(
             step=state.step + 1,
             skipped=state.skipped + bad,
             skipped_in_a_row=(state.skipped_in_a_row + bad) * bad,
-            params=keep(move_balance_biases(config, optax.apply_updates(state.params, updates), routers), state.params),
+            params=keep(params, state.params),
             opt_state=keep(opt_state, state.opt_state),
+            averaged=keep(averaged, state.averaged),
         )
         scalars = {
             "loss": sums.loss_sum / weight,

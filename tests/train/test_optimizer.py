@@ -3,16 +3,9 @@ import numpy as np
 import pytest
 
 from irope_jax.core.config import ConfigError
-from irope_jax.train.optimizer import (
-    ConstantRate,
-    Cosine,
-    Linear,
-    OptimizerConfig,
-    WarmupStableDecay,
-    decayed,
-    learning_rate,
-    make_optimizer,
-)
+from irope_jax.train.algorithms import AdamW
+from irope_jax.train.optimizer import OptimizerConfig, decayed, learning_rate, make_optimizer
+from irope_jax.train.schedules import ConstantRate, Cosine, Linear, WarmupStableDecay
 
 
 def rates(schedule, steps=100, peak=1.0):
@@ -56,7 +49,7 @@ def test_clipping_scales_the_whole_gradient():
     gradient = {"a": jnp.full(4, 30.0), "b": jnp.full(4, 40.0)}
     params = {"a": jnp.zeros(4), "b": jnp.zeros(4)}
     config = OptimizerConfig(
-        learning_rate=1.0, schedule=ConstantRate(), weight_decay=0.0, clip_norm=1.0, b1=0.0, eps=1.0
+        learning_rate=1.0, schedule=ConstantRate(), algorithm=AdamW(b1=0.0, eps=1.0), weight_decay=0.0, clip_norm=1.0
     )
     optimizer = make_optimizer(config, 10)
     updates, _ = optimizer.update(gradient, optimizer.init(params), params)
@@ -64,7 +57,7 @@ def test_clipping_scales_the_whole_gradient():
     np.testing.assert_allclose([-updates["a"][0], -updates["b"][0]], clipped / (clipped + 1), rtol=1e-5)
 
 
-@pytest.mark.parametrize("bad", [dict(learning_rate=0.0), dict(b2=1.0), dict(clip_norm=0.0)])
+@pytest.mark.parametrize("bad", [dict(learning_rate=0.0), dict(weight_decay=-1.0), dict(clip_norm=0.0)])
 def test_values_that_cannot_work_are_refused(bad):
     with pytest.raises(ConfigError):
         OptimizerConfig(**bad)
