@@ -180,7 +180,8 @@ def _enter(
     else:
         state, place, _ = checkpoints.restore(*state_shardings(there.model, made_by, mesh))
         if crosses:
-            _check_carried(state, abstract, setting, standing.stage)
+            stacked = jax.eval_shape(lambda s: restacked(s, there.model, setting.model), state)
+            _check_carried(stacked, abstract, setting, standing.stage)
             with jax.set_mesh(mesh):
                 move = jax.jit(lambda s: moved(s, there.model, setting, optimizer), out_shardings=shardings)
                 state = move(state)
@@ -309,11 +310,10 @@ def _train_stage(
     return Outcome(step)
 
 
-def _check_carried(state: TrainState, abstract: TrainState, setting: Setting, number: int) -> None:
+def _check_carried(has: TrainState, wants: TrainState, setting: Setting, number: int) -> None:
     """Raises `ConfigError` if a stage is to carry on the state of another kind of optimizer."""
-    names = lambda tree: [path for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-    beside = lambda it: (len(names(it.opt_state)), it.averaged is None)
-    if not setting.fresh_optimizer and beside(state) != beside(abstract):
+    beside = lambda state: jax.tree.structure((state.opt_state, state.averaged))
+    if not setting.fresh_optimizer and beside(has) != beside(wants):
         fix = "its optimizer keeps other things than that of the stage before; use 'reset'"
         raise ConfigError(f"config.stages.{number}.optimizer_state", "carry", fix)
 

@@ -99,8 +99,8 @@ def _create(config: ModelConfig, optimizer: Optimizer, seed: int) -> TrainState:
     # optax maps over the boxed parameters, so the moments keep their logical axes.
     is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)
     shaped = jax.tree.map(lambda box: _Shaped(box.value, box.names, shape=box.value.shape), params, is_leaf=is_box)
-    beside = jax.tree.map(_name_axes, beside(optimizer, shaped), is_leaf=is_box)
-    return TrainState(zero(), zero(), zero(), params, beside[0], jax.random.key_data(step_key), beside[1])
+    opt_state, averaged = jax.tree.map(_name_axes, beside(optimizer, shaped), is_leaf=is_box)
+    return TrainState(zero(), zero(), zero(), params, opt_state, jax.random.key_data(step_key), averaged)
 
 
 def state_shardings(config: ModelConfig, optimizer: Optimizer, mesh: Mesh) -> tuple[Any, Any]:
