@@ -35,12 +35,15 @@ from irope_jax.stages import experiment_at, settings_of
 from irope_jax.study.plots import PlotsMissingError
 from irope_jax.study.report import summary_tables, terminal_tables, write_report
 from irope_jax.train.loop import TrainingError, train
+from irope_jax.train.spikes import SpikeError
 from irope_jax.train.state import params_for
 from irope_jax.transfer import import_verb
 
 log = logging.getLogger(__name__)
 
-EXPECTED_ERRORS = (CheckpointError, DisagreementError, PlotsMissingError, RecordError, SearchError, TrainingError)
+EXPECTED_ERRORS = (
+    CheckpointError, DisagreementError, PlotsMissingError, RecordError, SearchError, SpikeError, TrainingError,
+)  # fmt: skip
 """Failures whose message alone tells a user what to do."""
 
 Overrides = list[tuple[str, str]]

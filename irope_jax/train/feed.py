@@ -65,5 +65,9 @@ class Feed(Iterator[Batch]):
     def set_state(self, state: dict[str, Any]) -> None:
         self._batches.set_state(state)
 
+    def skip(self, count: int) -> None:
+        """Pass over so many batches without loading them."""
+        self._batches.skip(count)
+
     def close(self) -> None:
         self._batches.close()

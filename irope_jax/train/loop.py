@@ -25,6 +25,7 @@ from irope_jax.core.config import ConfigError, from_dict, to_dict
 from irope_jax.core.hosts import StopRequest, agree, is_main_process
 from irope_jax.core.progress import ProgressBar
 from irope_jax.core.records import NullWriter, RunWriter
+from irope_jax.core.watchdog import Watchdog, WatchdogConfig
 from irope_jax.evals.evaluator import Evaluator, Measurement
 from irope_jax.model.config import ModelConfig
 from irope_jax.model.cost import parameter_counts, train_flops_per_token
@@ -32,6 +33,7 @@ from irope_jax.sharding.mesh import make_mesh
 from irope_jax.train.curriculum import Setting, Standing, judge, measured_before, restacked
 from irope_jax.train.feed import Feed, context_layout
 from irope_jax.train.optimizer import Optimizer, OptimizerConfig, learning_rate, make_optimizer
+from irope_jax.train.spikes import GoBack, Ignore, Skip, SpikeDetector, SpikePolicy
 from irope_jax.train.state import (
     TrainState,
     beside,
@@ -57,7 +59,9 @@ class TrainConfig:
       accumulate: parts a batch is cut into, one after the other, to save memory.
       log_every: steps between recorded scalars.
       eval_every: steps between evaluations; None evaluates only at the end.
-      max_skipped_in_a_row: non-finite steps in a row after which the run stops with an error.
+      max_skipped_in_a_row: skipped steps in a row after which the run stops with an error.
+      spikes: what happens when the recorded loss jumps: `ignore`, `skip` updates, or `roll_back` and jump the data.
+      watchdog: when a run that does not move says where it stands.
       init_from: run directory whose newest parameters to start from; None starts fresh.
     """
 
@@ -68,6 +72,8 @@ class TrainConfig:
     log_every: int = 10
     eval_every: int | None = None
     max_skipped_in_a_row: int = 10
+    spikes: SpikePolicy = Ignore()
+    watchdog: WatchdogConfig = WatchdogConfig()
     init_from: str | None = None
 
     def __post_init__(self):
@@ -117,12 +123,37 @@ def train(
       DisagreementError: processes that do not see the same run directory.
       CheckpointError: a checkpoint or `init_from` that cannot be read.
     """
-    with Checkpoints(directory, checkpoint, create=True) as checkpoints, StopRequest() as stop:
-        over: Outcome | Standing | None = None
+    with (
+        Checkpoints(directory, checkpoint, create=True) as checkpoints,
+        StopRequest() as stop,
+        Watchdog(settings[0].train.watchdog) as dog,
+    ):
+        over: Outcome | Standing | GoBack | None = None
         while not isinstance(over, Outcome):
+            if isinstance(over, GoBack):
+                over = _go_back(over, checkpoints, writer)
             with contextlib.closing(_enter(directory, settings, checkpoints, seed, over)) as begun:
-                over = _train_stage(begun, settings, checkpoints, stop, writer, checkpoint.every, meta)
+                over = _train_stage(begun, settings, checkpoints, stop, dog, writer, checkpoint.every, meta)
         return over
+
+
+def _go_back(spike: GoBack, checkpoints: Checkpoints, writer: RunWriter | NullWriter) -> GoBack:
+    """Make the newest checkpoint from before a spike the newest of all.
+
+    Raises:
+      TrainingError: there is none.
+    """
+    to = checkpoints.newest(spike.before)
+    if to is None:
+        raise TrainingError(
+            f"step {spike.step}: the loss is far above the usual {spike.usual:.4g}, and no checkpoint is older; save "
+            "more often (checkpoint.every, checkpoint.keep), or train with another rate"
+        )
+    checkpoints.discard_after(to)
+    jumped = spike.batches(to)
+    writer.event(to, "rolled_back", spike_at=spike.before, seen_at=spike.step, usual=spike.usual, jumped=jumped)
+    log.warning("loss spike at step %d: back to step %d, past %d batches", spike.before, to, jumped)
+    return spike
 
 
 @dataclass
@@ -137,6 +168,7 @@ class _Begun:
     batches: Feed
     state: TrainState
     shardings: TrainState
+    detector: SpikeDetector
     owed: bool
     """An evaluation that a signal cut short."""
 
@@ -149,13 +181,24 @@ class _Begun:
 
 
 def _enter(
-    directory: str | Path, settings: Sequence[Setting], checkpoints: Checkpoints, seed: int, over: Standing | None
+    directory: str | Path,
+    settings: Sequence[Setting],
+    checkpoints: Checkpoints,
+    seed: int,
+    over: Standing | GoBack | None,
 ) -> _Begun:
-    """The stage that the newest checkpoint is in, or is the beginning of; `over`: what is known of it beyond itself."""
+    """The stage that the newest checkpoint is in, or is the beginning of.
+
+    `over` is what is known beyond it: that its stage is over, or that this is where training went back to.
+    """
     shared = "the run directory must lie where every process sees it, on a shared file system"
     latest = agree(f"{directory}: newest checkpoint", checkpoints.latest, shared)
     saved = checkpoints.meta(latest) if latest is not None else {}
-    standing = over or from_dict(Standing, saved.get("curriculum", {}), f"{directory}.curriculum")
+    standing = (
+        over
+        if isinstance(over, Standing)
+        else from_dict(Standing, saved.get("curriculum", {}), f"{directory}.curriculum")
+    )
     if standing.stage >= len(settings):
         fix = f"the newest checkpoint is in stage {standing.stage}; the config has {len(settings)}"
         raise ConfigError("config.stages", len(settings), fix)
@@ -198,11 +241,12 @@ def _train_stage(
     settings: Sequence[Setting],
     checkpoints: Checkpoints,
     stop: StopRequest,
+    dog: Watchdog,
     writer: RunWriter | NullWriter,
     save_every: int,
     meta: dict[str, Any],
-) -> Outcome | Standing:
-    """Train a stage to its end; where the next one begins, if another follows."""
+) -> Outcome | Standing | GoBack:
+    """Train a stage to its end; where the next one begins, if another follows, or a spike to go back from."""
     setting, standing, device_mesh, config = begun.setting, begun.standing, begun.mesh, begun.setting.train
     model, data, gate = setting.model, setting.data, setting.gate
     start, end = begun.step, standing.began + config.steps
@@ -221,13 +265,15 @@ def _train_stage(
         z_loss=config.z_loss,
         accumulate=config.accumulate,
     )
-    with_votes = lambda state, batch, votes: (*step_function(state, batch), jax.tree.map(lambda v: v.max(), votes))
+    greatest = lambda votes: jax.tree.map(lambda v: v.max(), votes)
+    with_votes = lambda state, batch, votes, most: (*step_function(state, batch, most), greatest(votes))
     take_step = jax.jit(with_votes, donate_argnums=0, out_shardings=(begun.shardings, None, None))
     flops = train_flops_per_token(model, data.seq_len, counts)
     meter = Meter(data.batch_size * data.seq_len, flops, begun=(standing.began, standing.tokens))
     state = begun.state
 
     def measure(step: int, evaluators: Sequence[Evaluator]) -> Measured | None:
+        dog.beat(step, "evaluation")
         with jax.set_mesh(device_mesh):
             return evaluate(evaluators, state, step, writer, stop.ask)
 
@@ -260,7 +306,9 @@ def _train_stage(
         return replace(standing, ended=True, before=measured_before(then, found or []))
 
     def save(step: int, over: bool, found: Measured | None) -> None:
+        dog.beat(step, "checkpoint")
         told = {"model": to_dict(model), "evaluation_owed": found is None, "curriculum": to_dict(now(over, found))}
+        told["spikes"] = begun.detector.state()
         checkpoints.save(step, state, begun.batches.get_state(), {**meta, **told})
 
     def stopped(step: int) -> Outcome:
@@ -278,7 +326,9 @@ def _train_stage(
     with jax.set_mesh(device_mesh), bar:
         while not over:
             step += 1
-            state, scalars, greatest = take_step(state, next(begun.batches), stop.vote(device_mesh))
+            most = begun.detector.limit if isinstance(config.spikes, Skip) else None
+            state, scalars, votes = take_step(state, next(begun.batches), stop.vote(device_mesh), most)
+            dog.beat(step)
             logs = step % config.log_every == 0 or step in (end, 1)
             figures = {}
             if logs:
@@ -286,10 +336,13 @@ def _train_stage(
                 writer.train(step, scalars | meter.read(step))
                 figures = {"loss": f"{scalars['loss']:.3f}", "tokens/s": f"{meter.tokens_per_second:,.0f}"}
                 check_finite(scalars, step, config.max_skipped_in_a_row)
+                spike = begun.detector.saw(step, scalars["loss"])
+                if spike is not None:
+                    return spike
             elif step == start + 1:
                 jax.block_until_ready(scalars)  # it compiled: its time says nothing about speed
                 meter.pause(step)
-            stop.hear(greatest, newest=logs)
+            stop.hear(votes, newest=logs)
             bar.advance(**figures)
             begins = time.monotonic()
             found, over = review(step)

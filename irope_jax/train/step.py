@@ -106,19 +106,24 @@ def make_train_step(
     *,
     z_loss: float = 0.0,
     accumulate: int = 1,
-) -> Callable[[TrainState, Batch], tuple[TrainState, dict[str, jax.Array]]]:
-    """The function `(state, batch) -> (state, scalars)`, to be jitted with the state donated.
+) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
+    """The function `(state, batch, most=None) -> (state, scalars)`, to be jitted with the state donated.
 
-    A step whose loss or gradient is not finite changes nothing but its counters. Scalars: `loss` (nats per unit of
-    weight, without z-loss), `accuracy`, `grad_norm` (before clipping), `update_norm`, `param_norm`, `learning_rate`,
-    `weight` (targets counted), `skipped`, `skipped_in_a_row`, and `router_…` where there are mixtures of experts.
+    A step whose loss or gradient is not finite, or whose loss is above `most`, changes nothing but its counters.
+    Scalars: `loss` (nats per unit of weight, without z-loss), `accuracy`, `grad_norm` (before clipping), `update_norm`,
+    `param_norm`, `learning_rate`, `weight` (targets counted), `skipped`, `skipped_in_a_row`, and `router_…` where there
+    are mixtures of experts.
     """
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, jax.Array]]:
+    def train_step(
+        state: TrainState, batch: Batch, most: jax.Array | None = None
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
         grads, (sums, routers) = gradients(config, state.params, batch, z_loss=z_loss, accumulate=accumulate)
         weight = jnp.maximum(sums.weight_sum, 1e-9)
         grad_norm = optax.tree.norm(grads)
         good = jnp.isfinite(grad_norm) & jnp.isfinite(sums.loss_sum)
+        if most is not None:
+            good &= sums.loss_sum / weight <= most
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
         bad = 1 - good.astype(jnp.int32)
