@@ -231,9 +231,12 @@ def _enter(
         if not crosses or setting.same_stream(there):
             batches.set_state(place)
         log.info("%s at step %d", f"stage {setting.stage.name} begins" if crosses else "resuming", int(state.step))
-    return _Begun(
-        setting, standing, mesh, optimizer, rate, batches, state, shardings, saved.get("evaluation_owed", False)
-    )
+    owed = saved.get("evaluation_owed", False) and not crosses
+    spike = over if isinstance(over, GoBack) else None
+    if spike is not None:
+        batches.skip(spike.batches(latest))
+    detector = SpikeDetector.at(setting.train.spikes, saved.get("spikes"), spike)
+    return _Begun(setting, standing, mesh, optimizer, rate, batches, state, shardings, detector, owed)
 
 
 def _train_stage(
