@@ -28,6 +28,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import jax
 from check_resume import ROOT, Run, compare, reach, uninterrupted
 
 TINY = (
@@ -197,6 +198,7 @@ def main() -> int:
     where.mkdir(parents=True, exist_ok=True)
     if any(where.iterdir()):
         parser.error(f"--dir={where}: not empty; name another directory")
+    jax.config.update("jax_platforms", "cpu")  # of this process, which compares; not of those it starts
     config = args.config or str(ROOT / "configs" / "debug.py")
     command = ["train", f"--config={config}", *(() if args.config else TINY), *overrides]
     chaos = Chaos(where, command, random.Random(args.seed))
