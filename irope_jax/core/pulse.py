@@ -52,6 +52,7 @@ class Pulse:
         self._stop = threading.Event()
         self.gone: str | None = None
         self._known = threading.Event()
+        self._ending = threading.Lock()
 
     def turn(self) -> str | None:
         """Give a sign of life, and look for those of others; `gone` or None."""
@@ -115,7 +116,8 @@ class Pulse:
     def end(self, gone: str) -> None:
         """One line, and this process is over: what it waits for does not come. Process 0 goes when others have read."""
         fix = "start all again, the run goes on from its last checkpoint"
-        print(f"irope: error: {gone}; {fix}", file=sys.stderr, flush=True)
+        if self._ending.acquire(blocking=False):  # the thread and the computation that failed may both come here
+            print(f"irope: error: {gone}; {fix}", file=sys.stderr, flush=True)
         if self._process == 0:
             time.sleep(2 * EVERY)
         os._exit(GONE)
