@@ -1,4 +1,4 @@
-"""A fact told in words at the start of a long text and asked for at its end (LongRoPE2), for any tokenizer.
+"""A fact told in words in a long text, at its start by default (LongRoPE2), and asked for at its end; any tokenizer.
 
 Facts of single opaque tokens, for models trained on them, are in `synthetic`.
 """
@@ -18,17 +18,20 @@ THINGS = (
 )  # fmt: skip
 
 
-def text_needle(rng: np.random.Generator, haystack: np.ndarray, length: int, tokenizer: Tokenizer) -> Document:
+def text_needle(
+    rng: np.random.Generator, haystack: np.ndarray, length: int, tokenizer: Tokenizer, depth: float = 0.0
+) -> Document:
     """A document of `length` tokens whose only weighted tokens are the answer.
 
     `<bos> The secret number of the KEY is VALUE. … haystack … The secret number of the KEY is VALUE`, with a value of
-    seven digits.
+    seven digits; at another depth some of the haystack comes before.
 
     Args:
       rng: chooses key and value.
       haystack: int ids of text, at least `length` of them.
       length: tokens of the document.
       tokenizer: of the words.
+      depth: where the fact stands in the haystack, 0 to 1.
 
     Raises:
       ConfigError: too short for the words alone, or too little haystack.
@@ -42,6 +45,7 @@ def text_needle(rng: np.random.Generator, haystack: np.ndarray, length: int, tok
         raise ConfigError("length", length, f"fact and question alone take {length - room} tokens; use a longer text")
     if len(haystack) < room:
         raise ConfigError("haystack", len(haystack), f"needs {room} tokens of text; take a longer source")
-    parts = ([tokenizer.bos_id], told, haystack[:room], asked, answer)
+    before = int(depth * room)
+    parts = ([tokenizer.bos_id], haystack[:before], told, haystack[before:room], asked, answer)
     tokens = np.concatenate([np.asarray(part, np.int32) for part in parts])
     return Document(tokens, (np.arange(length) >= length - len(answer)).astype(np.float32))

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 
 from irope_jax.data.tokenizer import TokenizerSpec
 from irope_jax.evals.evaluator import Evaluator
+from irope_jax.evals.passkey import Passkey
 from irope_jax.evals.perplexity import Perplexity
 from irope_jax.evals.retrieval import Retrieval
 from irope_jax.model.config import ModelConfig
 
-EvalSpec = Perplexity | Retrieval
+EvalSpec = Passkey | Perplexity | Retrieval
 
 
 def build_evaluators(specs: Sequence[EvalSpec], model: ModelConfig, tokenizer: TokenizerSpec) -> list[Evaluator]:
