@@ -11,6 +11,7 @@ import jax
 import optax
 
 from irope_jax.core.config import ConfigError, nearest
+from irope_jax.train.placement import OptimizerState, stored
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class OptimizerConfig:
       trainable: glob patterns on paths of parameters that are trained (`*norm/scale`, `embedding`); the rest stays as
         it is, without optimizer state. A path names a layer of the period, so all its repeats.
       frozen: patterns of those that stay although `trainable` names them.
+      state: number format and place of the moments between steps.
     """
 
     learning_rate: float = 3e-4
@@ -78,6 +80,7 @@ class OptimizerConfig:
     clip_norm: float | None = 1.0
     trainable: tuple[str, ...] = ("*",)
     frozen: tuple[str, ...] = ()
+    state: OptimizerState = OptimizerState()
 
     def __post_init__(self):
         if self.learning_rate <= 0:
@@ -176,6 +179,6 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
         ),
     )
     if config.trainable == ("*",) and not config.frozen:
-        return adamw
+        return stored(adamw, config.state)
     labels = lambda params: jax.tree.map(lambda kept: "frozen" if kept else "trained", frozen(config, params))
-    return optax.partition({"trained": adamw, "frozen": optax.set_to_zero()}, labels)
+    return stored(optax.partition({"trained": adamw, "frozen": optax.set_to_zero()}, labels), config.state)

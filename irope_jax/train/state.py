@@ -19,6 +19,7 @@ from irope_jax.model.config import ModelConfig
 from irope_jax.model.cost import abstract_params
 from irope_jax.model.decoder import init_params, restack
 from irope_jax.sharding.rules import tree_shardings
+from irope_jax.train.placement import placed
 
 
 @flax.struct.dataclass
@@ -53,7 +54,8 @@ def _create(config: ModelConfig, optimizer: optax.GradientTransformation, seed: 
 def state_shardings(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh) -> tuple[Any, Any]:
     """`(abstract, shardings)` of the unboxed state: shapes without memory, and where each leaf lies."""
     boxed = jax.eval_shape(lambda: _create(config, optimizer, 0))
-    return nn.meta.unbox(boxed), tree_shardings(boxed, mesh)
+    abstract, shardings = nn.meta.unbox(boxed), tree_shardings(boxed, mesh)
+    return abstract, shardings.replace(opt_state=placed(optimizer, abstract.opt_state, shardings.opt_state))
 
 
 def init_state(config: ModelConfig, optimizer: optax.GradientTransformation, mesh: Mesh, seed: int) -> TrainState:
