@@ -20,6 +20,7 @@ from irope_jax.core.hosts import avoid_absent_tpu
 from irope_jax.experiment import Experiment, check_devices, load_config, resolve
 from irope_jax.model.config import ModelConfig, draw_layers
 from irope_jax.model.cost import active_parameters, parameter_counts, train_flops_per_token
+from irope_jax.model.kept import layer_memory, share
 from irope_jax.sharding.mesh import MeshConfig, abstract_mesh
 from irope_jax.train.optimizer import make_optimizer
 from irope_jax.train.state import state_shardings
@@ -114,7 +115,28 @@ def layout_lines(experiment: Experiment, device_count: int) -> list[str]:
     sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.sizes.items() if size > 1)
     lines = [f"on {_devices(device_count)}" + (f" = {sizes}" if sizes else "")]
     lines += [*_columns(rows, "llllr"), "", *_columns(totals, "lrrrr")]
-    return lines + _attention_lines(experiment, mesh)
+    return lines + _attention_lines(experiment, mesh) + kept_lines(experiment, mesh)
+
+
+def kept_lines(experiment: Experiment, mesh: MeshConfig) -> list[str]:
+    """What the layers keep for their backward pass on one device of a filled-in mesh."""
+    model, data = experiment.model.in_training(), experiment.data
+    batch = data.batch_size // (experiment.train.accumulate * mesh.batch_parts)
+    length, repeats = data.seq_len // mesh.context, model.num_layers // len(model.period)
+    here = share(model, mesh)
+    memories = {layer: layer_memory(here, layer, batch, length) for layer in here.period}  # equal layers once
+    rows = [("layer", "tensor", "where", "bytes a device", "type and shape")]
+    totals = {"device": 0, "host": 0}
+    for i, layer in enumerate(here.period):
+        memory = memories[layer]
+        rows += [(str(i), kept.name, kept.where, f"{kept.bytes:,}", kept.shapes) for kept in memory.kept]
+        rows += [(str(i), "computed again", "", "", ", ".join(memory.again))] if memory.again else []
+        totals = {where: total + repeats * memory.bytes(where) for where, total in totals.items()}
+    remat = model.remat if isinstance(model.remat, str) else "by name"
+    of = f"{batch:,} row{'s' if batch > 1 else ''} of {length:,} tokens"
+    title = f"kept for the backward pass of a layer, {of} on a device, remat {remat}"
+    words = [f"{total:,} bytes on the {where} ({megabytes(total)})" for where, total in totals.items() if total]
+    return ["", title, *_columns(rows, "lllrl"), f"  all {model.num_layers} layers: {' and '.join(words) or 'nothing'}"]
 
 
 def _devices_asked_for(mesh: MeshConfig) -> int:

@@ -14,6 +14,8 @@ from irope_jax.core.config import ConfigError
 from irope_jax.core.types import Precision
 from irope_jax.model.feed_forward import SwiGLU
 from irope_jax.model.moe import MoE
+from irope_jax.model.remat import Remat
+from irope_jax.model.remat import check as check_remat
 from irope_jax.position import encoding
 from irope_jax.position.absolute import NoEmbedding, PositionEmbedding, Sinusoidal
 from irope_jax.position.encoding import EXTENSIONS, NoPE, PositionSpec, RoPE
@@ -82,7 +84,8 @@ class ModelConfig:
         zero, a layer starts as the identity and a deep model learns at first like a shallow one.
       remat: what the backward pass finds saved: `none` recomputes nothing, `full` keeps only each layer's input,
         `attention` also keeps what attention gave, so that no ring turns again; `dots` keeps products of weights and
-        activations.
+        activations. `offload` is `attention` and `offload_inputs` is `full` with everything kept on the host instead.
+        A `Remat` says so tensor by tensor.
       attention: implementation asked of `attention.attend`; None lets it choose.
       context: how attention spans devices where the mesh cuts the sequence.
       precision: number formats.
@@ -105,7 +108,7 @@ class ModelConfig:
     init_std: float = 0.02
     embedding_init_std: float | None = None
     residual_init_std: float | None = None
-    remat: Literal["none", "full", "attention", "dots"] = "none"
+    remat: Remat | str = "none"
     attention: str | None = None
     context: ContextConfig = ContextConfig()
     precision: Precision = Precision()
@@ -114,6 +117,7 @@ class ModelConfig:
         for name in ("vocab_size", "d_model", "num_layers", "num_heads", "num_kv_heads", "head_dim"):
             if getattr(self, name) < 1:
                 raise ConfigError(name, getattr(self, name), "must be at least 1")
+        check_remat(self.remat)
         if self.num_heads % self.num_kv_heads:
             raise ConfigError(
                 "num_kv_heads",

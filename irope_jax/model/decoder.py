@@ -11,10 +11,12 @@ import jax.numpy as jnp
 
 from irope_jax.core.config import ConfigError
 from irope_jax.core.types import TokenInfo
+from irope_jax.model import remat
 from irope_jax.model.config import LayerSpec, ModelConfig
 from irope_jax.model.feed_forward import FeedForward
 from irope_jax.model.layers import Norm
 from irope_jax.model.moe import MixtureOfExperts, MoE
+from irope_jax.model.remat import named
 from irope_jax.model.routing import RouterSums
 from irope_jax.model.self_attention import SelfAttention
 from irope_jax.position.absolute import Learned, Sinusoidal, sinusoids
@@ -23,12 +25,6 @@ from irope_jax.sharding.lookup import look_up
 from irope_jax.sharding.rules import constrain
 
 PeriodTurns = tuple[Turns | None, ...] | None
-
-REMAT_POLICIES = {
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "attention": jax.checkpoint_policies.save_only_these_names("attention_out", "attention_lse"),
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-}
 
 
 class DecoderLayer(nn.Module):
@@ -48,17 +44,25 @@ class DecoderLayer(nn.Module):
             feed_forward = lambda x_BTD: mixture(x_BTD, info)
         else:
             feed_forward = FeedForward(ffn, **options)
-        x_BTD = constrain(x_BTD, "batch", "length", "features")
+        # Named inside what is checkpointed: the layer then starts from the named one, which may lie on the host.
+        x_BTD = named(constrain(x_BTD, "batch", "length", "features"), "layer_input")
         match cfg.block:
             case "pre_norm":
-                x_BTD = x_BTD + attention(norm("attention_norm")(x_BTD), info, turns)
-                return x_BTD + feed_forward(norm("feed_forward_norm")(x_BTD))
+                normed_BTD = named(norm("attention_norm")(x_BTD), "attention_input")
+                x_BTD = named(x_BTD + attention(normed_BTD, info, turns), "after_attention")
+                return x_BTD + feed_forward(named(norm("feed_forward_norm")(x_BTD), "feed_forward_input"))
             case "post_norm":
-                x_BTD = x_BTD + norm("attention_norm")(attention(x_BTD, info, turns))
+                x_BTD = named(x_BTD + norm("attention_norm")(attention(x_BTD, info, turns)), "after_attention")
                 return x_BTD + norm("feed_forward_norm")(feed_forward(x_BTD))
             case "parallel":
-                normed_BTD = norm("attention_norm")(x_BTD)
+                normed_BTD = named(norm("attention_norm")(x_BTD), "attention_input")
                 return x_BTD + attention(normed_BTD, info, turns) + feed_forward(normed_BTD)
+
+
+def checkpointed_layer(config: ModelConfig) -> type[DecoderLayer]:
+    """`DecoderLayer` that keeps for its backward pass what `config.remat` says."""
+    policy = remat.policy(config.remat)
+    return DecoderLayer if policy is None else nn.remat(DecoderLayer, policy=policy, prevent_cse=False)
 
 
 class Period(nn.Module):
@@ -68,10 +72,7 @@ class Period(nn.Module):
 
     @nn.compact
     def __call__(self, x_BTD: jax.Array, info: TokenInfo, turns: PeriodTurns = None) -> tuple[jax.Array, None]:
-        cfg = self.config
-        cls = DecoderLayer
-        if cfg.remat != "none":
-            cls = nn.remat(DecoderLayer, policy=REMAT_POLICIES[cfg.remat], prevent_cse=False)
+        cfg, cls = self.config, checkpointed_layer(self.config)
         for i, layer in enumerate(cfg.period):
             x_BTD = cls(cfg, layer, name=f"layer_{i}")(x_BTD, info, turns[i] if turns else None)
         return x_BTD, None

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from irope_jax.core.chunks import TokenChunks
 from irope_jax.core.config import ConfigError
 from irope_jax.core.types import Array, Precision
+from irope_jax.model.remat import named
 from irope_jax.sharding.rules import token_parts
 
 
@@ -69,13 +70,14 @@ def swiglu(
       ConfigError: a chunk below 1 or shards that do not divide batch and length.
     """
     if chunk is None:
-        return _whole(x_BTD, w_gate_DF, w_up_DF, w_down_FD)
+        return _whole(x_BTD, w_gate_DF, w_up_DF, w_down_FD, name=named)
     chunks = TokenChunks.of(*x_BTD.shape[:2], chunk, shards)
     return _chunked(chunks, x_BTD, w_gate_DF, w_up_DF, w_down_FD)
 
 
-def _whole(x, w_gate_DF, w_up_DF, w_down_FD) -> jax.Array:
-    gate, up = jnp.einsum("...D,DF->...F", x, w_gate_DF), jnp.einsum("...D,DF->...F", x, w_up_DF)
+def _whole(x, w_gate_DF, w_up_DF, w_down_FD, name=lambda x, _: x) -> jax.Array:
+    gate = name(jnp.einsum("...D,DF->...F", x, w_gate_DF), "gate")
+    up = name(jnp.einsum("...D,DF->...F", x, w_up_DF), "up")
     return jnp.einsum("...F,FD->...D", jax.nn.silu(gate) * up, w_down_FD)
 
 

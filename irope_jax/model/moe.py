@@ -23,6 +23,7 @@ from irope_jax.core.config import ConfigError
 from irope_jax.core.types import PAD_SEGMENT, Precision, TokenInfo
 from irope_jax.model.feed_forward import FeedForward, SwiGLU
 from irope_jax.model.grouped import grouped_dot, permute
+from irope_jax.model.remat import named
 from irope_jax.model.routing import Balance, RouterSpec, Routing, SigmoidRouter, route, router_sums
 from irope_jax.sharding.rules import spec
 
@@ -149,6 +150,7 @@ class MixtureOfExperts(nn.Module):
             bias_E = self.param("balance_bias", init, (e,), params).astype(jnp.float32)
         # Routing is float32 whatever the compute type: a rounded logit sends a token elsewhere.
         logits_BTE = jnp.einsum("BTD,DE->BTE", x_BTD.astype(jnp.float32), router_DE.astype(jnp.float32))
+        logits_BTE = named(logits_BTE, "router_logits")
         routing = route(cfg.router, logits_BTE, cfg.top_k, bias_E)
         real_BT = info.segments != PAD_SEGMENT
         x_BTD = x_BTD.astype(compute)
@@ -277,8 +279,10 @@ def _dropless(cfg, x_nD, chosen_nk, score_nk, weights, away) -> jax.Array:
 
 def _experts(rows_MD, sizes_E, weights: ExpertWeights) -> jax.Array:
     """Rows in order of their experts through each row's SwiGLU; rows past the last give zeros."""
-    hidden = jax.nn.silu(grouped_dot(rows_MD, weights.gate, sizes_E)) * grouped_dot(rows_MD, weights.up, sizes_E)
-    return grouped_dot(hidden, weights.down, sizes_E)
+    rows_MD = named(rows_MD, "expert_rows")
+    gate = named(grouped_dot(rows_MD, weights.gate, sizes_E), "expert_gate")
+    up = named(grouped_dot(rows_MD, weights.up, sizes_E), "expert_up")
+    return named(grouped_dot(jax.nn.silu(gate) * up, weights.down, sizes_E), "expert_out")
 
 
 def _abroad(rows_MD, sizes_E, weights: ExpertWeights, parts: int) -> jax.Array:
@@ -375,9 +379,10 @@ def _limited(cfg, x_nD, chosen_nk, score_nk, weights, away, group) -> tuple[jax.
         places = _swap(places).reshape(away * groups, experts // away, room, width)
     else:
         places = places.reshape(groups, experts, room, width)
-    gate = jnp.einsum("gecD,eDF->gecF", places, weights.gate)
-    hidden = jax.nn.silu(gate) * jnp.einsum("gecD,eDF->gecF", places, weights.up)
-    out = jnp.einsum("gecF,eFD->gecD", hidden, weights.down)
+    places = named(places, "expert_rows")
+    gate = named(jnp.einsum("gecD,eDF->gecF", places, weights.gate), "expert_gate")
+    up = named(jnp.einsum("gecD,eDF->gecF", places, weights.up), "expert_up")
+    out = named(jnp.einsum("gecF,eFD->gecD", jax.nn.silu(gate) * up, weights.down), "expert_out")
     if away > 1:
         out = _swap(out.reshape(away, groups, experts // away, room, width)).swapaxes(0, 1)
     out_nkD = jnp.take(out.reshape(slots, width), slot, axis=0, mode="fill", fill_value=0)

@@ -16,6 +16,7 @@ from irope_jax.core.config import ConfigError
 from irope_jax.core.types import TokenInfo
 from irope_jax.model.config import LayerSpec, ModelConfig
 from irope_jax.model.layers import rms_normalise
+from irope_jax.model.remat import named
 from irope_jax.position import encoding, temperature
 from irope_jax.position.extension import Part
 from irope_jax.position.rope import Turns
@@ -76,6 +77,7 @@ class SelfAttention(nn.Module):
             normed = rms_normalise(x, cfg.norm_eps, axis=(-2, -1) if together else -1)
             return normed * self.param(name, init, dims, params).astype(compute)
 
+        q_BTNH, k_BTKH, v_BTKH = named(q_BTNH, "query"), named(k_BTKH, "key"), named(v_BTKH, "value")
         if layer.qk_norm in ("learned", "learned_all_heads"):
             q_BTNH = learned_norm("query_norm", q_BTNH, "heads")
             k_BTKH = learned_norm("key_norm", k_BTKH, "kv_heads")

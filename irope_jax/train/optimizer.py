@@ -14,6 +14,7 @@ from optax.contrib import ScheduleFreeState
 from irope_jax.core.config import ConfigError
 from irope_jax.train.algorithms import AdamW, Algorithm, ScheduleFreeAdamW, transformation
 from irope_jax.train.patterns import MOVED_BY_RULE, by_path, check_patterns, matches, matching
+from irope_jax.train.placement import OnHost, OptimizerState, stored
 from irope_jax.train.schedules import ConstantRate, Cosine, ScheduleSpec, rate_by_step
 
 
@@ -57,6 +58,7 @@ class OptimizerConfig:
       frozen: patterns of those that stay although `trainable` names them.
       ema_decay: evaluations and exports use an exponential moving average of the weights, of which a step keeps this
         much, and less in the beginning: `(1 + steps) / (10 + steps)`. None holds no average.
+      state: number format and place of the moments between steps.
     """
 
     learning_rate: float = 3e-4
@@ -69,6 +71,7 @@ class OptimizerConfig:
     trainable: tuple[str, ...] = ("*",)
     frozen: tuple[str, ...] = ()
     ema_decay: float | None = None
+    state: OptimizerState = OptimizerState()
 
     def __post_init__(self):
         if self.learning_rate <= 0:
@@ -94,11 +97,13 @@ class Optimizer:
     Attributes:
       average: `(averaged, params, opt_state, steps) -> averaged`, float32, after `steps` good steps and one more; None
         where the weights that are trained are evaluated.
+      on_host: whether its state lies in memory of the host between steps.
     """
 
     init: Callable[[Any], Any]
     update: Callable[..., tuple[Any, Any]]
     average: Callable[[Any, Any, Any, jax.Array], Any] | None = None
+    on_host: bool = False
 
 
 def learning_rate(config: OptimizerConfig, steps: int, begins: int = 0) -> optax.Schedule:
@@ -142,10 +147,16 @@ def make_optimizer(config: OptimizerConfig, steps: int, begins: int = 0) -> Opti
         made, average = _schedule_free(made, rate, config.algorithm.b1), schedule_free_average
     # A schedule-free optimizer would pull back what a rule moves.
     elif config.trainable == ("*",) and not config.frozen:
-        return Optimizer(made.init, made.update, average)
+        return _kept(made, config, average)
     labels = lambda params: jax.tree.map(lambda kept: "frozen" if kept else "trained", frozen(config, params))
     parts = optax.partition({"trained": made, "frozen": optax.set_to_zero()}, labels)
-    return Optimizer(parts.init, parts.update, average)
+    return _kept(parts, config, average)
+
+
+def _kept(made: optax.GradientTransformation, config: OptimizerConfig, average: Any) -> Optimizer:
+    """The transformation with its state in the format and the place of the config."""
+    kept = stored(made, config.state)
+    return Optimizer(kept.init, kept.update, average, isinstance(kept, OnHost))
 
 
 def _by_group(config: OptimizerConfig, rate: optax.Schedule) -> optax.GradientTransformation:

@@ -20,6 +20,7 @@ from irope_jax.model.cost import abstract_params
 from irope_jax.model.decoder import init_params, restack
 from irope_jax.sharding.rules import tree_shardings
 from irope_jax.train.optimizer import Optimizer
+from irope_jax.train.placement import placed
 
 Weights = Literal["averaged", "params"]
 """Which weights of a checkpoint: those averaged over steps, or those that were trained."""
@@ -106,7 +107,8 @@ def _create(config: ModelConfig, optimizer: Optimizer, seed: int) -> TrainState:
 def state_shardings(config: ModelConfig, optimizer: Optimizer, mesh: Mesh) -> tuple[Any, Any]:
     """`(abstract, shardings)` of the unboxed state: shapes without memory, and where each leaf lies."""
     boxed = jax.eval_shape(lambda: _create(config, optimizer, 0))
-    return nn.meta.unbox(boxed), tree_shardings(boxed, mesh)
+    abstract, shardings = nn.meta.unbox(boxed), tree_shardings(boxed, mesh)
+    return abstract, shardings.replace(opt_state=placed(optimizer, abstract.opt_state, shardings.opt_state))
 
 
 def init_state(config: ModelConfig, optimizer: Optimizer, mesh: Mesh, seed: int) -> TrainState:

@@ -16,6 +16,7 @@ from irope_jax.model.decoder import routed_hidden_states
 from irope_jax.model.routing import RouterSums, moved_bias
 from irope_jax.sharding.rules import token_parts
 from irope_jax.train.optimizer import Optimizer
+from irope_jax.train.placement import on_device
 from irope_jax.train.state import TrainState
 
 
@@ -118,6 +119,7 @@ def make_train_step(
     def train_step(
         state: TrainState, batch: Batch, most: jax.Array | None = None
     ) -> tuple[TrainState, dict[str, jax.Array]]:
+        state = state.replace(opt_state=on_device(state.opt_state))
         grads, (sums, routers) = gradients(config, state.params, batch, z_loss=z_loss, accumulate=accumulate)
         weight = jnp.maximum(sums.weight_sum, 1e-9)
         grad_norm = optax.tree.norm(grads)
