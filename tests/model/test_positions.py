@@ -1,6 +1,8 @@
 """Every position spec, temperature and embedding inside the model: packing, meshes, what is refused."""
 
 import dataclasses
+from functools import partial
+from itertools import cycle
 
 import flax.linen as nn
 import jax
@@ -38,15 +40,20 @@ POSITIONS = [
     ReRoPE(window=4),
     DualChunk(chunk=4, farthest=6),
 ]
+TEMPERATURES = [LogN(8), SSMax(8), LogFloor(4, 0.5, by="length")]
+PAIRS = list(zip(POSITIONS, cycle(TEMPERATURES)))  # each temperature with frequencies, with distances and in parts
 
 
 def model(*pattern, **changes) -> ModelConfig:
     base = dict(vocab_size=32, d_model=16, num_heads=4, num_kv_heads=2, head_dim=8, init_std=0.3, num_layers=2)
-    return ModelConfig(**base | dict(pattern=pattern) | changes)
+    return ModelConfig(**base | dict(pattern=pattern, attention="reference") | changes)
 
 
 def params_of(config):
     return nn.meta.unbox(jax.jit(lambda: init_params(config, jax.random.key(0)))())
+
+
+logits = jax.jit(logits, static_argnums=0)
 
 
 def tokens_of(batch=1, length=24):
@@ -60,8 +67,7 @@ def two_documents(first, second, total):
     return TokenInfo(row(positions), row(segments), row(np.arange(total)), first_row=0)
 
 
-@pytest.mark.parametrize("position", POSITIONS, ids=lambda p: getattr(p, "scaling", p).kind)
-@pytest.mark.parametrize("temperature", [LogN(8), SSMax(8), LogFloor(4, 0.5, by="length")], ids=lambda t: t.kind)
+@pytest.mark.parametrize(("position", "temperature"), PAIRS, ids=lambda x: getattr(x, "scaling", x).kind)
 def test_a_packed_document_gets_the_logits_it_gets_alone(position, temperature):
     config = model(LayerSpec(position, Global(), FFN, temperature=temperature))
     assert from_dict(ModelConfig, to_dict(config)) == config
@@ -93,15 +99,20 @@ def test_local_layers_with_every_position(mask, position):
 @pytest.mark.parametrize("position", [ALiBi(), RoPE(scaling=DynamicNTK(2.0, 8, step=4)), RoPE(scaling=LONG)], ids=str)
 def test_across_devices_as_on_one(position):
     """ALiBi through the ring, and frequencies by the length of documents that are cut over devices."""
-    config = model(LayerSpec(position, Global(), FFN, temperature=SSMax(16)), LayerSpec(NoPE(), Chunked(4), FFN))
+    config = model(LayerSpec(position, Global(), FFN, temperature=SSMax(16)))
     params, tokens = params_of(config), tokens_of(2, 32)
     info = jax.tree.map(lambda x: jnp.broadcast_to(x, (2, 32)), two_documents(9, 20, 32))
     layout = ContextLayout("zigzag", 4)
     batch = Batch(tokens, tokens, jnp.ones((2, 32), jnp.float32), info)
-    loss = lambda p, b: (hidden_states(config, p, b.tokens, b.info)[0].astype(jnp.float32) ** 3).mean()
-    single = jax.jit(jax.value_and_grad(loss))(params, batch)
+
+    @partial(jax.jit, static_argnums=0)
+    @partial(jax.value_and_grad, argnums=1)
+    def loss(config, p, b):
+        return (hidden_states(config, p, b.tokens, b.info)[0].astype(jnp.float32) ** 3).mean()
+
+    single = loss(config, params, batch)
     with jax.set_mesh(make_mesh(MeshConfig(data=2, context=4))):
-        ours = jax.jit(jax.value_and_grad(loss))(params, layout.place(batch))
+        ours = loss(dataclasses.replace(config, attention="blockwise"), params, layout.place(batch))
     assert_close(ours, single, what="loss and gradients", atol=2e-5)
 
 
@@ -130,7 +141,8 @@ def test_temperatures_for_evaluation_are_left_out_of_training():
     params, tokens = params_of(config), tokens_of()
     info = TokenInfo.single(1, 24)
     batch = Batch(tokens, tokens, jnp.ones((1, 24), jnp.float32), info)
-    assert_close(loss_sums(config, params, batch, 0.0)[0], loss_sums(plain, params, batch, 0.0)[0], what="training")
+    loss = jax.jit(lambda config: loss_sums(config, params, batch, 0.0)[0], static_argnums=0)
+    assert_close(loss(config), loss(plain), what="training")
     read = [logits(c, params, tokens, info) for c in (config, plain)]
     assert np.abs(read[0] - read[1]).max() > 1e-2
 
