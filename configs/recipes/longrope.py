@@ -76,12 +76,12 @@ def get_config(size: str = "full") -> ConfigDict:
     )
     optimizer = dict(learning_rate=2e-5, schedule=dict(kind="linear", final=0.0))
     config.train = dict(steps=400, optimizer=optimizer, init_from="runs/llama2-7b")
-    config.mesh = dict(data=1, fsdp=32, context=2)
+    config.mesh = dict(data=1, fsdp=2, context=32)  # of searches, to 2048k; stages have their own
     config.evals = evaluations(TRAINED, (TRAINED,))
     if name not in ("", "base", "128k", "256k"):
         raise ValueError(f"unknown stage {name!r}; choose one of: base, 128k, 256k")
     config.stages = tuple(stage(length) for length in STEPS if name in ("", f"{length // 1024}k"))
-    config = sized(config, size, ids=LLAMA2, divide=256, source=name in ("", "base"))
+    config = sized(config, size, ids=LLAMA2, divide=512, source=name in ("", "base"))
     if file:
         config.stages[0]["change"][SCALING] = json.loads(Path(file).read_text(encoding="utf-8"))
     return config

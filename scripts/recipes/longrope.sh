@@ -14,8 +14,8 @@ RECIPE="configs/recipes/longrope.py"
 SEARCH=(--config.attention_policy=none)
 
 case "$SIZE" in
-  tiny) # every length 256 times shorter, and a few dozen candidates in place of some 1,300
-    CONFIG="$SIZE" BASE="$OUT/base" UNIT=4
+  tiny) # every length 512 times shorter, and a few dozen candidates in place of some 1,300
+    CONFIG="$SIZE" BASE="$OUT/base" UNIT=2
     SEARCH+=(--config="configs/search_rope.py:tiny" --config.objective.documents=2 --config.batch_tokens=8192)
     SEARCH+=(--config.method.population=8 --config.method.parents=4 --config.method.mutations=4)
     SEARCH+=(--config.method.crossovers=2 --config.method.iterations=3)
@@ -44,7 +44,7 @@ tune() { # stage, folder of its factors, run to start from
 }
 
 if [ "$SIZE" = tiny ]; then
-  echo "== 0/6  a model of 16 tokens to start from" >&2
+  echo "== 0/6  a model of 8 tokens to start from" >&2
   irope train --config="$RECIPE:tiny,base" --run-dir="$BASE" --config.stages.0.steps=100
 fi
 echo "== 1/6  search, 4k to 128k" >&2
