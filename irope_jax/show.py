@@ -51,7 +51,7 @@ def show_verb(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> int
     print(f"  {flops:.3g} FLOPs a token, {flops * tokens:.3g} in all")
     count = args.devices or _devices_asked_for(experiment.mesh)
     try:
-        lines = layout_lines(experiment, count)
+        lines = layout_lines(experiment, count) + kept_lines(experiment, count)
     except ConfigError as error:
         if args.devices is not None:
             raise
@@ -115,11 +115,16 @@ def layout_lines(experiment: Experiment, device_count: int) -> list[str]:
     sizes = " x ".join(f"{axis} {size}" for axis, size in mesh.sizes.items() if size > 1)
     lines = [f"on {_devices(device_count)}" + (f" = {sizes}" if sizes else "")]
     lines += [*_columns(rows, "llllr"), "", *_columns(totals, "lrrrr")]
-    return lines + _attention_lines(experiment, mesh) + kept_lines(experiment, mesh)
+    return lines + _attention_lines(experiment, mesh)
 
 
-def kept_lines(experiment: Experiment, mesh: MeshConfig) -> list[str]:
-    """What the layers keep for their backward pass on one device of a filled-in mesh."""
+def kept_lines(experiment: Experiment, device_count: int) -> list[str]:
+    """What the layers keep for their backward pass on one of `device_count` devices.
+
+    Raises:
+      ConfigError: as `layout_lines`.
+    """
+    mesh = check_devices(experiment, device_count)
     model, data = experiment.model.in_training(), experiment.data
     batch = data.batch_size // (experiment.train.accumulate * mesh.batch_parts)
     length, repeats = data.seq_len // mesh.context, model.num_layers // len(model.period)

@@ -4,7 +4,8 @@
     python scripts/remat_table.py --remat=full --target=v5p:2x2x2 --config.data.seq_len=65536
 
 The step that trains, compiled by the chip's own compiler; nothing is executed. Eight layers of Scout
-(`configs/llama4_scout.py`, all 16 experts), one row of 131,072 tokens, float32 parameters and moments, on eight chips of 95 GB.
+(`configs/llama4_scout.py`, all 16 experts), one row of 131,072 tokens, float32 parameters and moments, on eight chips
+of 95 GB.
 
 All eight chips are on the `tensor` axis. Parameters, gradients and moments of these layers are 316 GB, so they must be
 cut eight ways; a single row leaves no batch to cut them along (`fsdp`, `expert`), and chips of the `context` axis

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import jax
 from jax.ad_checkpoint import checkpoint_name
 
-from irope_jax.core.config import ConfigError, nearest
+from irope_jax.core.config import ConfigError, Text, nearest
 
 NAMES = {
     "layer_input": "the residual stream as it enters a layer, B T D",
@@ -81,7 +81,7 @@ def check(remat: Remat | str) -> None:
     """
     if isinstance(remat, str) and remat not in PRESETS:
         fix = f"{nearest(remat, PRESETS)} Or give names: dict(kind='names', save=(…), offload=(…))"
-        raise ConfigError("remat", remat, f"unknown choice; {fix}")
+        raise ConfigError("remat", Text(remat), f"unknown choice; {fix}")
 
 
 def policy(remat: Remat | str) -> Callable[..., Any] | None:

@@ -77,7 +77,7 @@ def test_names_and_words_that_do_not_exist_are_errors():
         Remat(save=("querry",))
     with pytest.raises(ConfigError, match="also in `save`"):
         Remat(save=("gate",), offload=("gate",))
-    with pytest.raises(ConfigError, match=r"remat='ful'.*did you mean 'full'"):
+    with pytest.raises(ConfigError, match=r"remat=ful:.*did you mean 'full'"):
         model(remat="ful")
     written = to_dict(model(remat=BY_NAME))
     assert from_dict(ModelConfig, written) == model(remat=BY_NAME)
