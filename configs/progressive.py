@@ -86,7 +86,10 @@ def get_config(arm: str = "rope") -> ConfigDict:
     config.train = dict(
         steps=500,  # stages say their own
         optimizer=dict(
-            learning_rate=3e-3, schedule=dict(kind="cosine", warmup=50, final=0.3), b2=0.98, weight_decay=0.05
+            learning_rate=3e-3,
+            schedule=dict(kind="cosine", warmup=50, final=0.3),
+            algorithm=dict(kind="adamw", b2=0.98),
+            weight_decay=0.05,
         ),
     )
     config.checkpoint = dict(every=200)

@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
-from irope_jax.checkpoint.native import CHECKPOINTS, CheckpointError
+from irope_jax.checkpoint.native import CHECKPOINTS, CheckpointError, Checkpoints
 from irope_jax.core.config import ConfigError, fingerprint, nearest, to_dict
 from irope_jax.core.hosts import (
     DisagreementError,
@@ -128,15 +128,20 @@ def is_finished(directory: Path, steps: int) -> bool:
     `steps` are those of that config at most: gates may end a stage earlier.
     """
     # Process 0 writes the records: others may not see yet what it just wrote.
-    return gather(is_main_process() and _says_finished(directory, steps))[0]
+    end = gather(_finished_at(directory, steps) if is_main_process() else None)[0]
+    if end is None:
+        return False
+    with Checkpoints(directory) as checkpoints:
+        return checkpoints.latest == end
 
 
-def _says_finished(directory: Path, steps: int) -> bool:
+def _finished_at(directory: Path, steps: int) -> int | None:
+    """The step at which a run says that it ended; None if it does not."""
     told = ("finished", "start", "config_changed")
     last = next((event for event in reversed(load_run(directory).events) if event.name in told), None)
     if last is None or last.name != "finished" or last.details.get("planned", last.step) != steps:
-        return False
-    return (directory / CHECKPOINTS / str(last.step)).is_dir()
+        return None
+    return last.step if (directory / CHECKPOINTS).is_dir() else None
 
 
 def eval_verb(args: argparse.Namespace, overrides: Overrides) -> int:

@@ -136,7 +136,8 @@ def test_what_each_layer_sends_is_told_where_the_sequence_is_cut():
     """By hand: 4 rows of 32 tokens on a device of a ring of 2; keys of 1 head of 8, float32: 128 bytes a token."""
     lines = show.layout_lines(tiny.experiment(*MESH), 8)
     start = next(i for i, line in enumerate(lines) if line.startswith("attention of 32 tokens over 2 devices"))
-    told = [line for line in lines[start + 1 :] if re.match(r"^ +\d+  ", line)]
+    end = next((i for i, line in enumerate(lines) if i > start and not line), len(lines))
+    told = [line for line in lines[start + 1 : end] if re.match(r"^ +\d+  ", line)]
     assert [line.split()[1] for line in told] == ["chunked", "global:"]
     assert "halo" in told[0] and "because" in lines[start + 2]  # chunks by document, and documents start anywhere
     sent = 4 * 32 // 2 * (2 * 1 * 8 * 4)

@@ -50,7 +50,7 @@ def get_config(size: str = "full") -> ConfigDict:
         packing=dict(kind="best_fit"),
     )
     schedule = dict(kind="cosine", final=0.1)
-    optimizer = dict(learning_rate=1e-5, schedule=schedule, b2=0.95, weight_decay=0.1)
+    optimizer = dict(learning_rate=1e-5, schedule=schedule, algorithm=dict(kind="adamw", b2=0.95), weight_decay=0.1)
     config.train = dict(steps=5000, optimizer=optimizer, init_from="runs/llama3-8b-instruct")
     config.mesh = dict(data=1, fsdp=32, context=4)
     config.evals = evaluations(8192, (8192, 65_536))

@@ -46,7 +46,7 @@ def get_config(size: str = "full") -> ConfigDict:
     optimizer = dict(
         learning_rate=2e-5,
         schedule=dict(kind="cosine", warmup=1000, final=0.0),
-        b2=0.95,
+        algorithm=dict(kind="adamw", b2=0.95),
         weight_decay=0.1,
         no_decay=("*scale", "embedding"),
     )
