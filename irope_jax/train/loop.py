@@ -211,6 +211,9 @@ def _enter(
     begins = standing.rate_begins(setting)
     optimizer = make_optimizer(setting.train.optimizer, setting.rate_steps, begins)
     rate = learning_rate(setting.train.optimizer, setting.rate_steps, begins)
+    if optimizer.on_host and jax.default_backend() == "cpu":
+        fix = "a CPU has one memory, and XLA fails on two kinds of it; use 'device'"
+        raise ConfigError("config.train.optimizer.state.place", "host", fix)
     mesh = make_mesh(setting.mesh)
     batches = Feed(setting.data, context_layout(setting.model, setting.mesh), mesh)
     abstract, shardings = state_shardings(setting.model, optimizer, mesh)

