@@ -11,6 +11,7 @@ import jax
 from rich.console import Console
 
 from irope_jax.checkpoint.native import CHECKPOINTS, CheckpointError, Checkpoints
+from irope_jax.core.allocator import keep_freed_memory
 from irope_jax.core.config import ConfigError, fingerprint, nearest, to_dict
 from irope_jax.core.hosts import (
     DisagreementError,
@@ -51,6 +52,7 @@ Overrides = list[tuple[str, str]]
 
 def _join(args: argparse.Namespace) -> None:
     """Bring the processes of the run together, before anything asks for a device."""
+    keep_freed_memory()
     names = ("coordinator", "process_id", "num_processes", "join_timeout")
     initialise(hosts_from({name: getattr(args, name) for name in names}))
     configure_logging()

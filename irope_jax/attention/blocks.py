@@ -223,7 +223,10 @@ def coarse_and_fine(mask: MaskSpec, q_info: TokenInfo, k_info: TokenInfo, block:
 
 
 def tile(batch: int, key_heads: int, group: int, scores: int) -> tuple[int, int]:
-    """Batch rows and key heads that share a tile of `scores` per head: as many as `TILE` holds, but `ROWS` at least."""
+    """Batch rows and key heads that share a tile of `scores` per head: as many as `TILE` holds, but `ROWS` at least.
+
+    All key heads share one that is at most twice as large: cutting a few from the rest costs more than the cache does.
+    """
     room = max(TILE // (scores * group), 1)
 
     def divisors(n: int) -> list[int]:
@@ -231,6 +234,7 @@ def tile(batch: int, key_heads: int, group: int, scores: int) -> tuple[int, int]
 
     rows = min(d for d in divisors(batch) if d >= min(batch, ROWS))
     heads = max(d for d in divisors(key_heads) if d <= max(room // rows, 1))
+    heads = key_heads if rows * key_heads <= 2 * room else heads
     if heads == key_heads:
         rows = max(d for d in divisors(batch) if d % rows == 0 and d <= max(room // heads, rows))
     return rows, heads

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from irope_jax.core.chunks import TokenChunks
 from irope_jax.core.config import ConfigError
 from irope_jax.core.types import Array, Precision
+from irope_jax.model.layers import project
 from irope_jax.model.remat import named
 from irope_jax.sharding.rules import token_parts
 
@@ -76,9 +77,29 @@ def swiglu(
 
 
 def _whole(x, w_gate_DF, w_up_DF, w_down_FD, name=lambda x, _: x) -> jax.Array:
-    gate = name(jnp.einsum("...D,DF->...F", x, w_gate_DF), "gate")
-    up = name(jnp.einsum("...D,DF->...F", x, w_up_DF), "up")
-    return jnp.einsum("...F,FD->...D", jax.nn.silu(gate) * up, w_down_FD)
+    gate, up = name(project(x, w_gate_DF), "gate"), name(project(x, w_up_DF), "up")
+    return _gated(gate, up, w_down_FD)
+
+
+@jax.custom_vjp
+def _gated(gate, up, w_down_FD) -> jax.Array:
+    """`(silu(gate) * up) @ w_down`, which keeps nothing of that width for its backward pass but `gate` and `up`."""
+    return project(jax.nn.silu(gate) * up, w_down_FD)
+
+
+def _gated_forward(gate, up, w_down_FD):
+    return _gated(gate, up, w_down_FD), (gate, up, w_down_FD)
+
+
+def _gated_backward(saved, d_out):
+    gate, up, w_down_FD = saved
+    share = jax.nn.sigmoid(gate)
+    active = gate * share
+    d_hidden, d_w_down_FD = jax.vjp(project, active * up, w_down_FD)[1](d_out)
+    return d_hidden * up * (share + active * (1 - share)), d_hidden * active, d_w_down_FD
+
+
+_gated.defvjp(_gated_forward, _gated_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))

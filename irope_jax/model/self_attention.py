@@ -15,7 +15,7 @@ from irope_jax.context.api import attend_sharded
 from irope_jax.core.config import ConfigError
 from irope_jax.core.types import TokenInfo
 from irope_jax.model.config import LayerSpec, ModelConfig
-from irope_jax.model.layers import rms_normalise
+from irope_jax.model.layers import project, rms_normalise
 from irope_jax.model.remat import named
 from irope_jax.position import encoding, temperature
 from irope_jax.position.extension import Part
@@ -56,9 +56,7 @@ class SelfAttention(nn.Module):
             (cfg.num_heads, cfg.head_dim, cfg.d_model),
             cfg.residual_std,
         )
-        q_BTNH = jnp.einsum("BTD,DNH->BTNH", x_BTD, w_q_DNH)
-        k_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, w_k_DKH)
-        v_BTKH = jnp.einsum("BTD,DKH->BTKH", x_BTD, w_v_DKH)
+        q_BTNH, k_BTKH, v_BTKH = project(x_BTD, w_q_DNH), project(x_BTD, w_k_DKH), project(x_BTD, w_v_DKH)
 
         def bias(name: str, axes: tuple[str, ...], dims: tuple[int, ...]) -> jax.Array:
             init = nn.with_logical_partitioning(nn.initializers.zeros_init(), axes)
@@ -109,11 +107,12 @@ class SelfAttention(nn.Module):
             encoded = encoding.encode(layer.position, q_BTNH, k_BTKH, info, at_BT, turns=turns, longest=reach)
             q_BTNH, k_BTKH = finish(*encoded)
             slopes_N = encoding.slopes(layer.position, cfg.num_heads)
-            out_BTNH = attend_sharded(
-                q_BTNH, k_BTKH, v_BTKH, plain, plain, layer.mask,
-                scale=scale, slopes=slopes_N, impl=cfg.attention, context=cfg.context,
-            )  # fmt: skip
-        out_BTD = jnp.einsum("BTNH,NHD->BTD", out_BTNH, w_o_NHD)
+            with jax.named_scope("attend"):
+                out_BTNH = attend_sharded(
+                    q_BTNH, k_BTKH, v_BTKH, plain, plain, layer.mask,
+                    scale=scale, slopes=slopes_N, impl=cfg.attention, context=cfg.context,
+                )  # fmt: skip
+        out_BTD = project(out_BTNH, w_o_NHD, 2)
         return out_BTD + bias("out_bias", ("features",), (cfg.d_model,)) if cfg.attention_bias == "all" else out_BTD
 
 

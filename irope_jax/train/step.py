@@ -27,7 +27,10 @@ def loss_sums(config: ModelConfig, params: Any, batch: Batch, z_loss: float) -> 
     and the `RouterSums` of each mixture by layer of the period.
     """
     hidden_BTD, w_DV, routers = routed_hidden_states(config.in_training(), params, batch.tokens, batch.info)
-    sums = chunked_cross_entropy(hidden_BTD, w_DV, batch.targets, batch.weights, z_loss=z_loss, shards=token_parts())
+    with jax.named_scope("loss"):
+        sums = chunked_cross_entropy(
+            hidden_BTD, w_DV, batch.targets, batch.weights, z_loss=z_loss, shards=token_parts()
+        )
     return sums.loss_sum + router_loss(config, routers) * sums.weight_sum, (sums, routers)
 
 
@@ -126,7 +129,8 @@ def make_train_step(
         good = jnp.isfinite(grad_norm) & jnp.isfinite(sums.loss_sum)
         if most is not None:
             good &= sums.loss_sum / weight <= most
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         keep = lambda new, old: jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
         bad = 1 - good.astype(jnp.int32)
         params = move_balance_biases(config, optax.apply_updates(state.params, updates), routers)
