@@ -120,7 +120,7 @@ def test_one_who_reads_scores_100_and_one_who_guesses_nothing(name, length):
 def test_the_text_fills_the_length_and_no_more(name, words_tokenizer):
     for tokenizer in (BYTES, words_tokenizer):
         task, found = TASKS[name], sample(name, 4096, 5, tokenizer)
-        used = 1 + len(tokenizer.encode(found.prompt)) + task.new_tokens
+        used = 1 + len(tokenizer.encode(found.prompt)) + task.room(tokenizer)
         unit = {"noise": 91, "needles": 140, "essay": 20}.get(getattr(task, "haystack", ""), 100)
         unit = 900 if "qa" in name else 400 if name == "ruler_cwe" else unit
         assert 4096 - unit <= used <= 4096, (name, used)
@@ -150,6 +150,13 @@ def test_tasks_without_a_place_refuse_a_depth_and_short_lengths_are_said():
         sample("niah_single_1", 256)
     with pytest.raises(ConfigError, match="larger source"):
         sample("ruler_qa_squad", 4_000_000)
+
+
+def test_no_line_of_the_haystack_has_the_key_that_is_asked_for(monkeypatch):
+    few = lambda rng, kind: f"key-{rng.integers(20)}" if kind == "words" else str(rng.integers(10**6, 10**7))
+    monkeypatch.setattr(ruler_needles, "draw", few)
+    found = sample("niah_multikey_2")
+    assert read("niah_multikey_2", found.prompt) == list(found.answers)
 
 
 def test_fill_finds_the_largest_number_whatever_the_shape():

@@ -7,6 +7,8 @@ from typing import ClassVar
 
 from irope_jax.core.config import ConfigError, nearest
 from irope_jax.data.sources import Corpus, SourceSpec
+from irope_jax.data.text_tasks.facts import STORIES, FactsTask
+from irope_jax.data.text_tasks.lookups import KeyValueTask, LinesTask, NumbersTask, RoundsTask
 from irope_jax.data.text_tasks.questions import Gaps, Presidents, QuestionSpec
 from irope_jax.data.text_tasks.ruler_lists import CommonWordsTask, FrequentWordsTask, VariableTask
 from irope_jax.data.text_tasks.ruler_needles import needle_tasks
@@ -56,4 +58,118 @@ class Ruler:
         return tuple(task for task in self._all() if not self.only or task.name in self.only)
 
 
+@dataclass(frozen=True)
+class Facts:
+    """Facts of a small world in a long text, after BABILong (arXiv 2406.10149).
+
+    Attributes:
+      only: names of some stories of `facts.STORIES`; empty is all.
+      facts: sentences of a story.
+      source: the text around them.
+    """
+
+    only: tuple[str, ...] = ()
+    facts: int = 10
+    source: SourceSpec = Corpus("test")
+    kind: ClassVar[str] = "facts"
+
+    def __post_init__(self):
+        _check_names(self.only, list(STORIES))
+        self.members()  # what is wrong with `facts` is said now
+
+    def members(self) -> tuple[TextTask, ...]:
+        return tuple(FactsTask(name, self.facts, self.source) for name in STORIES if not self.only or name in self.only)
+
+
+@dataclass(frozen=True)
+class KeyValue:
+    """One value of a JSON object of random identifiers (arXiv 2307.03172)."""
+
+    kind: ClassVar[str] = "key_value"
+
+    def members(self) -> tuple[TextTask, ...]:
+        return (KeyValueTask(),)
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """Numbers told in a text: a needle in a haystack, or several.
+
+    Attributes:
+      told: how many there are.
+      asked: how many are asked for.
+      source: the text.
+    """
+
+    told: int = 1
+    asked: int = 1
+    source: SourceSpec = Corpus("test")
+    kind: ClassVar[str] = "numbers"
+
+    def __post_init__(self):
+        self.members()
+
+    def members(self) -> tuple[TextTask, ...]:
+        name = "number" if self.told == 1 else f"numbers_{self.asked}_of_{self.told}"
+        return (NumbersTask(name, self.told, self.asked, self.source),)
+
+
+@dataclass(frozen=True)
+class CopyLine:
+    """One of many numbered lines, to be copied.
+
+    Attributes:
+      words: words of a line.
+    """
+
+    words: int = 6
+    kind: ClassVar[str] = "copy_line"
+
+    def __post_init__(self):
+        self.members()
+
+    def members(self) -> tuple[TextTask, ...]:
+        return (LinesTask(words=self.words),)
+
+
+@dataclass(frozen=True)
+class Variables:
+    """RULER's variable tracking with other chains.
+
+    Attributes:
+      chains, hops: how many chains of assignments, how many links after the first in each.
+    """
+
+    chains: int = 2
+    hops: int = 2
+    kind: ClassVar[str] = "variables"
+
+    def __post_init__(self):
+        self.members()
+
+    def members(self) -> tuple[TextTask, ...]:
+        return (VariableTask(f"variables_{self.chains}x{self.hops}", self.chains, self.hops),)
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """Multi-round coreference (arXiv 2409.12640): repeat one of several replies to the same request.
+
+    Attributes:
+      same: how many there are.
+      source: where replies come from.
+    """
+
+    same: int = 4
+    source: SourceSpec = Corpus("test")
+    kind: ClassVar[str] = "rounds"
+
+    def __post_init__(self):
+        self.members()
+
+    def members(self) -> tuple[TextTask, ...]:
+        return (RoundsTask(f"rounds_{self.same}", self.same, self.source),)
+
+
+TextTaskSpec = Ruler | Facts | KeyValue | Numbers | CopyLine | Variables | Rounds
 RULER_TASKS = tuple(task.name for task in Ruler().members())

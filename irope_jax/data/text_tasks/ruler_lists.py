@@ -134,7 +134,7 @@ class VariableTask(TextTask):
 
         def tokens(noises: int) -> int:
             prompt = TRACKING.format(context=text(noises), value=values[0], count=self.hops + 1)
-            return len(tokenizer.encode(prompt)) + self.new_tokens
+            return len(tokenizer.encode(prompt)) + self.room(tokenizer)
 
         fewest = self.fewest(0)
         noises = fewest if tokens(fewest) > EXAMPLE_TOKENS else fill(tokens, EXAMPLE_TOKENS, fewest)
@@ -183,7 +183,7 @@ class CommonWordsTask(TextTask):
     def _is_roomy(self, length: int, tokenizer: TokenizerSpec) -> bool:
         known, places = vocabulary(self.source), np.linspace(0, 0.999, 30 * self.common + 3 * 30)
         typical = numbered([known[int(place * len(known))] for place in places])
-        return len(tokenizer.encode(COMMON.format(context=typical))) + self.new_tokens < length
+        return len(tokenizer.encode(COMMON.format(context=typical))) + self.room(tokenizer) < length
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ other files of this room, their union is `registry`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar, Literal
@@ -45,7 +46,7 @@ class TextTask:
 
     Attributes:
       name: label in the records.
-      new_tokens: room kept for the answer; part of the length, as in RULER.
+      new_tokens: room kept for the answer, part of the length as in RULER, in tokens of about four letters; see `room`.
       metric: how its answers are judged.
       has_depth: whether `depth` says where the fact asked for stands; else it must be None.
     """
@@ -58,7 +59,7 @@ class TextTask:
     def sample(
         self, rng: np.random.Generator, length: int, tokenizer: TokenizerSpec, depth: float | None = None
     ) -> TextSample:
-        """A question whose bos, prompt and `new_tokens` fill `length` tokens as far as whole units can.
+        """A question whose bos, prompt and room for the answer fill `length` tokens as far as whole units can.
 
         Args:
           rng: decides everything but the length of the text.
@@ -71,19 +72,14 @@ class TextTask:
         """
         if depth is not None and not self.has_depth:
             raise ConfigError("depth", depth, f"the task {self.name!r} has no single place; use None")
-        seed, hint = int(rng.integers(2**62)), [0]
-        made: dict[int, TextSample] = {}
+        seed, room = int(rng.integers(2**62)), self.room(tokenizer)
+        made = lambda units: self.make(np.random.default_rng(seed), units, length, depth, tokenizer)
+        tokens = lambda units: 1 + len(tokenizer.encode(made(units).prompt)) + room
+        return made(fill(tokens, length, self.fewest(length), self.most(length)))
 
-        def tokens(units: int) -> int:
-            made.clear()  # only the last two are ever wanted
-            made[units] = self.make(np.random.default_rng(seed), units, length, depth, tokenizer)
-            hint[0] = units
-            return 1 + len(tokenizer.encode(made[units].prompt)) + self.new_tokens
-
-        units = fill(tokens, length, self.fewest(length), self.most(length))
-        if hint[0] != units:
-            tokens(units)
-        return made[units]
+    def room(self, tokenizer: TokenizerSpec) -> int:
+        """`new_tokens` in tokens of this tokenizer: as many times more as its tokens are shorter, rounded."""
+        return self.new_tokens * _shortness(tokenizer)
 
     def fewest(self, length: int) -> int:
         """Units below which there is no question."""
@@ -98,6 +94,13 @@ class TextTask:
     ) -> TextSample:
         """The question with that many units of text. The same `rng` gives the same question in more or less text."""
         raise NotImplementedError
+
+
+@functools.lru_cache(maxsize=8)
+def _shortness(tokenizer: TokenizerSpec) -> int:
+    """4 for bytes, 1 for the usual vocabularies."""
+    typical = "The special numbers for quiet-harbour mentioned in the text are 4938888 and 5613196."
+    return max(1, round(4 * len(tokenizer.encode(typical)) / len(typical)))
 
 
 def fill(tokens: Callable[[int], int], length: int, fewest: int, most: int | None = None) -> int:
