@@ -46,6 +46,9 @@ EXPECTED_ERRORS = (
 )  # fmt: skip
 """Failures whose message alone tells a user what to do."""
 
+EVALUATIONS = "evaluations"
+"""Where below a run directory evaluations keep the cells they have finished."""
+
 Overrides = list[tuple[str, str]]
 
 
@@ -169,7 +172,8 @@ def eval_verb(args: argparse.Namespace, overrides: Overrides) -> int:
         as_trained = replace(experiment, mesh=trained.mesh) == trained
         writer = RunWriter(directory, values, mark) if is_main_process() and as_trained else NullWriter()
         with writer:
-            for evaluator in build_evaluators(chosen, experiment.model, experiment.data.tokenizer):
+            model, tokenizer = experiment.model, experiment.data.tokenizer
+            for evaluator in build_evaluators(chosen, model, tokenizer, directory=directory / EVALUATIONS):
                 for found in evaluator.run(params):
                     writer.measure(step, evaluator.name, found.name, found.value, found.count, found.where)
                     if is_main_process():
