@@ -7,14 +7,27 @@ from pathlib import Path
 
 from irope_jax.data.tokenizer import TokenizerSpec
 from irope_jax.evals.answering import Answering
+from irope_jax.evals.cropped_perplexity import CroppedPerplexity
 from irope_jax.evals.evaluator import Evaluator
+from irope_jax.evals.long_perplexity import LongPerplexity
+from irope_jax.evals.multiple_choice import MultipleChoice
 from irope_jax.evals.passkey import Passkey
 from irope_jax.evals.perplexity import Perplexity
 from irope_jax.evals.retrieval import Retrieval
+from irope_jax.evals.sliding_perplexity import SlidingPerplexity
 from irope_jax.evals.text_tasks import TextTasks
 from irope_jax.model.config import ModelConfig
 
-EvalSpec = Passkey | Perplexity | Retrieval | TextTasks
+EvalSpec = (
+    CroppedPerplexity
+    | LongPerplexity
+    | MultipleChoice
+    | Passkey
+    | Perplexity
+    | Retrieval
+    | SlidingPerplexity
+    | TextTasks
+)
 
 
 def build_evaluators(
