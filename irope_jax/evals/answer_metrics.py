@@ -56,10 +56,24 @@ def exact_start(said: str, answer: str) -> float:
     return float(" ".join(said.split()).startswith(" ".join(answer.split())))
 
 
+def first_number(said: str, answer: str) -> float:
+    """1 if the first run of digits is the answer (Landmark attention's passkeys)."""
+    found = re.search(r"\d+", said)
+    return float(found is not None and found[0] == answer)
+
+
+def word_recall(said: str, answer: str) -> float:
+    """The share of the answer's different words that were said, in either case."""
+    words = lambda text: set(re.findall(r"\w+", text.lower()))
+    return len(words(answer) & words(said)) / len(words(answer))
+
+
 METRICS: dict[Metric, Callable[[str, TextSample], float]] = {
     "all": lambda said, sample: string_match_all(said, sample.answers),
     "any": lambda said, sample: string_match_part(said, sample.answers),
     "labels": lambda said, sample: labels_match(said, sample.answers, sample.labels, sample.question),
     "after_mark": lambda said, sample: after_mark(said, sample.answers[0], sample.mark),
     "exact_start": lambda said, sample: exact_start(said, sample.answers[0]),
+    "first_number": lambda said, sample: first_number(said, sample.answers[0]),
+    "word_recall": lambda said, sample: word_recall(said, sample.answers[0]),
 }

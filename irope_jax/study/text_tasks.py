@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from irope_jax.core.records import Measurement
 from irope_jax.study.collect import Arm, Cell, aggregate
 from irope_jax.study.tables import ABSENT, Table, accuracy, nll
 
@@ -26,14 +27,36 @@ LIKELIHOODS = {
 """Kinds of evaluations and what they measure, in the order of the table."""
 
 
+def measured(arm: Arm, kind: str, name: str) -> list[tuple[str, Measurement]]:
+    """What every evaluation of a kind found at the last step at which it was recorded, with how to label it apart.
+
+    The label is empty where a run has one evaluation of the kind, else its name and a colon.
+    """
+    evaluations, found = arm.evaluations(kind), []
+    for evaluation in evaluations:
+        own = [m for m in arm.run.evals if m.evaluation == evaluation]
+        step = max(m.step for m in own)
+        label = f"{evaluation}: " if len(evaluations) > 1 else ""
+        found += [(label, m) for m in own if (m.step, m.name) == (step, name)]
+    return found
+
+
+def _suite(label: str, m: Measurement) -> str:
+    return f"{label}{m.where['suite']}, {m.where['tasks']} tasks"
+
+
 def task_scores(arm: Arm, keys: Sequence[str] = ("length",)) -> dict[str, list[Cell]]:
     """Per task its cells by `keys`, tasks in the order in which they were measured; passkeys are a task too."""
     found: dict[str, list] = {}
-    for m in arm.measurements("text_tasks", "score"):
-        found.setdefault(m.where["task"], []).append(m)
-    passkeys = arm.measurements("passkey", "accuracy")
-    if passkeys:
-        found.setdefault("passkey", []).extend(passkeys)
+    scores = measured(arm, "text_tasks", "score")
+    homes: dict[str, set[str]] = {}
+    for label, m in scores:
+        homes.setdefault(m.where["task"], set()).add(label)
+    for label, m in scores:
+        task = m.where["task"]
+        found.setdefault(label + task if len(homes[task]) > 1 else task, []).append(m)
+    for label, m in measured(arm, "passkey", "accuracy"):
+        found.setdefault(f"{label}passkey", []).append(m)
     cells = {task: aggregate(measurements, keys) for task, measurements in found.items()}
     return {task: own for task, own in cells.items() if own}
 
@@ -41,15 +64,15 @@ def task_scores(arm: Arm, keys: Sequence[str] = ("length",)) -> dict[str, list[C
 def suite_scores(arm: Arm) -> dict[str, list[Cell]]:
     """Per suite its mean score by length, suites named with how many tasks they had."""
     found: dict[str, list] = {}
-    for m in arm.measurements("text_tasks", "suite_score"):
-        found.setdefault(f"{m.where['suite']}, {m.where['tasks']} tasks", []).append(m)
+    for label, m in measured(arm, "text_tasks", "suite_score"):
+        found.setdefault(_suite(label, m), []).append(m)
     return {suite: aggregate(measurements, ("length",)) for suite, measurements in found.items()}
 
 
 def thresholds(arms: Sequence[Arm]) -> dict[str, float]:
     """Per suite, named as in `suite_scores`, the score above which a length is effective."""
-    found = [m for arm in arms for m in arm.measurements("text_tasks", "effective_length")]
-    return {f"{m.where['suite']}, {m.where['tasks']} tasks": m.where["threshold"] for m in found}
+    found = [pair for arm in arms for pair in measured(arm, "text_tasks", "effective_length")]
+    return {_suite(label, m): m.where["threshold"] for label, m in found}
 
 
 def scores_table(arm: Arm) -> Table | None:
@@ -71,10 +94,7 @@ def effective_table(arms: Sequence[Arm]) -> Table | None:
     """The effective length of each run by suite, with the threshold in the head."""
     limits, rows = thresholds(arms), []
     for arm in arms:
-        found = {
-            f"{m.where['suite']}, {m.where['tasks']} tasks": int(m.value)
-            for m in arm.measurements("text_tasks", "effective_length")
-        }
+        found = {_suite(label, m): int(m.value) for label, m in measured(arm, "text_tasks", "effective_length")}
         if found:
             cells = (
                 f"{found[suite]:,}" if found.get(suite) else "none" if suite in found else ABSENT for suite in limits
@@ -90,9 +110,9 @@ def likelihood_table(arms: Sequence[Arm]) -> Table | None:
     for kind, names in LIKELIHOODS.items():
         for name in names:
             for arm in arms:
-                for m in arm.measurements(kind, name):
+                for label, m in measured(arm, kind, name):
                     where = ", ".join(f"{key} {value:,}" for key, value in m.where.items())
-                    label = f"{name} ({where})" if where else name
+                    label += f"{name} ({where})" if where else name
                     rows.setdefault(label, {})[arm.label] = f"{nll(m.value)} (n={m.count:,})"
     if not rows:
         return None

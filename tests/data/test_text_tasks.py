@@ -8,12 +8,32 @@ import pytest
 
 from irope_jax.core.config import ConfigError, from_dict
 from irope_jax.data.text_tasks.facts import COUNTS, STORIES, FactsTask, Story
-from irope_jax.data.text_tasks.registry import CopyLine, Facts, KeyValue, Numbers, Rounds, TextTaskSpec, Variables
+from irope_jax.data.text_tasks.registry import (
+    CopyLine,
+    Facts,
+    KeyValue,
+    Numbers,
+    PasskeyNoise,
+    Rounds,
+    Sandwich,
+    TextTaskSpec,
+    Variables,
+)
 from irope_jax.data.tokenizer import ByteTokenizer
-from irope_jax.evals.answer_metrics import METRICS, after_mark, exact_start, labels_match
+from irope_jax.evals.answer_metrics import METRICS, after_mark, exact_start, first_number, labels_match, word_recall
 
 BYTES = ByteTokenizer()
-FAMILIES = (Facts(), KeyValue(), Numbers(), Numbers(4, 2), CopyLine(), Variables(), Rounds())
+FAMILIES = (
+    Facts(),
+    KeyValue(),
+    Numbers(),
+    Numbers(4, 2),
+    CopyLine(),
+    Variables(),
+    Rounds(),
+    PasskeyNoise(),
+    Sandwich(),
+)
 TASKS = {task.name: task for family in FAMILIES for task in family.members()}
 
 
@@ -68,6 +88,12 @@ def read(name, prompt):
     if name == "copy_line":
         line = re.search(r"Copy line (\d+) ", prompt)[1]
         return re.search(rf"\nLine {line}: (.+)\n", prompt)[1]
+    if name == "passkey_noise":
+        first, again = re.search(r"The pass key is (\d+)\. Remember it\. (\d+) is the pass key\.\n", prompt).groups()
+        assert first == again and prompt.endswith("\nWhat is the pass key? The pass key is")
+        return first
+    if name == "sandwich":
+        return re.search(r"San Francisco is (.*) on a sunny day\.", prompt)[1]
     if name.startswith("variables"):
         value = re.findall(r"assigned the value (\d+)", prompt)[-1]
         names = re.findall(rf"VAR (\w+) = {value}", prompt.split("\n\n\n\n")[1])
@@ -150,6 +176,19 @@ def test_metrics_of_labels_marks_and_copies():
     assert after_mark("QX a b c", "a b c", "QX") == 1.0 and after_mark("a b c", "a b c", "QX") == 0.0
     assert 0.5 < after_mark("QX a b d", "a b c", "QX") < 1.0
     assert exact_start(" calm  boat\nand more", "calm boat") == 1.0 and exact_start("a calm boat", "calm boat") == 0.0
+    assert first_number(" 123. 45", "123") == 1.0 and first_number("45, 123", "123") == 0.0
+    assert first_number("none", "1") == 0.0
+    assert word_recall("Eat a SANDWICH!", "eat a sandwich and sit") == 0.6
+
+
+def test_passkeys_are_worded_as_in_the_paper_and_garbage_begins_anew_after_the_key():
+    found = sample("passkey_noise", 900, depth=0.3)
+    lines = found.prompt.split("\n")
+    assert lines[0].endswith("I will quiz you about the important information there.") and len(lines) == 5
+    assert lines[1].startswith("The grass is green. The sky is blue.") and lines[3].startswith("The grass is green.")
+    assert abs(len(lines[1]) / (len(lines[1]) + len(lines[3])) - 0.3) < 0.01
+    keys = {int(sample("passkey_noise", 900, seed).answers[0]) for seed in range(200)}
+    assert len(keys) > 150 and 1 <= min(keys) < max(keys) <= 50_000 and max(keys) > 45_000
 
 
 def test_configs_name_families_and_mistakes_are_said():

@@ -42,6 +42,23 @@ def make_run(directory, name, *, depths=(), kinds=("text_tasks",), factor=1.0):
     return directory / name
 
 
+def test_several_evaluations_of_a_kind_are_all_shown_and_told_apart_where_they_must(tmp_path):
+    run = make_run(tmp_path, "a")
+    config = {"name": "a", "data": {"seq_len": 4096}, "evals": [{"kind": "text_tasks", "name": "ruler"}]}
+    with RunWriter(run, config, "a", tensorboard=False) as w:
+        w.event(1, "evaluation", evaluation="needle", kind="text_tasks", spec="x")
+        w.measure(1, "needle", "score", 0.25, 4, {"task": "number", "length": 4096})
+        w.measure(1, "needle", "score", 0.75, 4, {"task": "ruler_vt", "length": 4096})
+    (arm,) = load_arms([run])
+    found = {task: [cell.value for cell in cells] for task, cells in task_scores(arm).items()}
+    assert found == {
+        "niah_single_1": [1.0, 0.9, 0.5],
+        "ruler: ruler_vt": [0.8, 0.6, 0.2],
+        "number": [0.25],
+        "needle: ruler_vt": [0.75],
+    }
+
+
 @pytest.fixture
 def drawn(monkeypatch):
     figures = []

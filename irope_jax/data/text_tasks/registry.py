@@ -7,6 +7,7 @@ from typing import ClassVar
 
 from irope_jax.core.config import ConfigError, nearest
 from irope_jax.data.sources import Corpus, SourceSpec
+from irope_jax.data.text_tasks.classics import PasskeyTask, SandwichTask
 from irope_jax.data.text_tasks.facts import STORIES, FactsTask
 from irope_jax.data.text_tasks.lookups import KeyValueTask, LinesTask, NumbersTask, RoundsTask
 from irope_jax.data.text_tasks.questions import Gaps, Presidents, QuestionSpec
@@ -171,5 +172,30 @@ class Rounds:
         return (RoundsTask(f"rounds_{self.same}", self.same, self.source),)
 
 
-TextTaskSpec = Ruler | Facts | KeyValue | Numbers | CopyLine | Variables | Rounds
+@dataclass(frozen=True)
+class PasskeyNoise:
+    """Passkeys in repeated sentences, as in arXiv 2305.16300."""
+
+    kind: ClassVar[str] = "passkey_noise"
+
+    def members(self) -> tuple[TextTask, ...]:
+        return (PasskeyTask(),)
+
+
+@dataclass(frozen=True)
+class Sandwich:
+    """Kamradt's needle in a haystack.
+
+    Attributes:
+      source: the haystack.
+    """
+
+    source: SourceSpec = Corpus("test")
+    kind: ClassVar[str] = "sandwich"
+
+    def members(self) -> tuple[TextTask, ...]:
+        return (SandwichTask(source=self.source),)
+
+
+TextTaskSpec = Ruler | Facts | KeyValue | Numbers | CopyLine | Variables | Rounds | PasskeyNoise | Sandwich
 RULER_TASKS = tuple(task.name for task in Ruler().members())

@@ -16,10 +16,10 @@ import numpy as np
 from irope_jax.core.config import ConfigError
 from irope_jax.data.tokenizer import TokenizerSpec
 
-Metric = Literal["all", "any", "labels", "after_mark", "exact_start"]
+Metric = Literal["all", "any", "labels", "after_mark", "exact_start", "first_number", "word_recall"]
 """How an answer is judged (`evals.answer_metrics`): the share of the answers said; whether one of them is said; whether
 the first sentence says the answer and no other label; how much of a text is repeated after the mark it must begin with;
-whether it begins with the answer."""
+whether it begins with the answer; whether its first number is the answer; the share of the answer's words in it."""
 
 
 @dataclass(frozen=True)
