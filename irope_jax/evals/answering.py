@@ -13,6 +13,7 @@ from irope_jax.data.packing import batch_of
 from irope_jax.data.tokenizer import TokenizerSpec
 from irope_jax.evals.forward import Scorer
 from irope_jax.model.config import ModelConfig
+from irope_jax.sharding.rules import token_parts
 
 
 class Answerer(Protocol):
@@ -61,11 +62,14 @@ class _ByForward:
         rows = [list(map(int, prompt)) for prompt in prompts]
         begins, open_rows = [len(row) for row in rows], set(range(len(rows)))
         width = -(-(max(begins) + max_new_tokens) // self._multiple) * self._multiple
+        parts, _ = token_parts()  # of the mesh in force, that a batch is cut into
         for _ in range(max_new_tokens):
             # A document's last token is a target only, so one more stands behind what is read.
             read = [np.asarray([*row, self._pad_id], np.int32) for row in rows]
-            batch = batch_of([Document(r, np.zeros(len(r), np.float32)) for r in read], width, self._pad_id)
-            places = np.asarray([[len(row) - 1] for row in rows])
+            documents = [Document(r, np.zeros(len(r), np.float32)) for r in read]
+            batch = batch_of(documents, width, self._pad_id, rows=-(-len(rows) // parts) * parts)
+            places = np.zeros((len(batch.tokens), 1), np.int64)
+            places[: len(rows), 0] = [len(row) - 1 for row in rows]
             best, _ = self._scorer.predictions(self._params, batch, places, np.zeros_like(places))
             for row in sorted(open_rows):
                 rows[row].append(int(best[row, 0]))

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from irope_jax.core.config import ConfigError, from_dict
-from irope_jax.data.documents import tokenized
+from irope_jax.data.documents import Document, tokenized
+from irope_jax.data.packing import batch_of
 from irope_jax.data.reading import SourceError
 from irope_jax.data.sources import TextFile
 from irope_jax.data.tokenizer import ByteTokenizer
@@ -106,9 +107,6 @@ def test_a_stride_of_one_gives_each_token_the_whole_window(source):
     params = jax.device_get(init_state(model, optimizer, make_mesh(MeshConfig(), jax.devices()[:1]), 0).params)
     spec = SlidingPerplexity(source=source, lengths=(16,), stride=1, tokens=40, batch_tokens=640)
     (found,) = spec.build(model, TOKENIZER).run(params)
-    from irope_jax.data.documents import Document
-    from irope_jax.data.packing import batch_of
-
     tokens, nll = tokenized(source, TOKENIZER)[0], []
     rows = [tokens[max(0, t - 16) : t + 1] for t in range(1, 41)]
     batch = batch_of([Document(row, np.ones(len(row), np.float32)) for row in rows], 16, TOKENIZER.pad_id)

@@ -8,6 +8,8 @@ import pytest
 
 from irope_jax.core.config import ConfigError, from_dict
 from irope_jax.core.records import RecordError
+from irope_jax.data.documents import Document
+from irope_jax.data.packing import batch_of
 from irope_jax.data.text_tasks.registry import RULER_TASKS, CopyLine, Facts, KeyValue, Numbers, Ruler
 from irope_jax.data.tokenizer import ByteTokenizer, TokenIds
 from irope_jax.evals.answering import Answering, by_forward
@@ -176,14 +178,13 @@ def test_by_forward_is_greedy_for_prompts_of_any_length_and_stops():
     prompts = [TOKENIZER.encode("abcdefghijklmnop").tolist(), TOKENIZER.encode("xyz").tolist()]
     answerer = by_forward(model, TOKENIZER, multiple=32).of(params)
     answers = answerer.answer(prompts, 4, ())
-    from irope_jax.data.documents import Document
-    from irope_jax.data.packing import batch_of
-
     for prompt, answer in zip(prompts, answers, strict=True):
         whole = np.asarray([*prompt, *answer, 0], np.int32)
         batch = batch_of([Document(whole, np.ones(len(whole), np.float32))], 32, TOKENIZER.pad_id)
         best = np.asarray(logits(model, params, batch.tokens, batch.info))[0].argmax(-1)
         assert answer == best[len(prompt) - 1 : len(whole) - 2].tolist() and len(answer) == 4
+    with jax.set_mesh(make_mesh(MeshConfig(data=4, context=2))):
+        assert by_forward(model, TOKENIZER, multiple=32).of(params).answer(prompts, 2, ()) == [a[:2] for a in answers]
     stopped = answerer.answer(prompts, 4, (answers[0][1],))
     assert stopped[0] == answers[0][: answers[0].index(answers[0][1]) + 1]
 
