@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,19 +52,36 @@ class Cells:
     def __init__(self, directory: Path | None, about: dict[str, Any]):
         self.path = None if directory is None else directory / f"{fingerprint(about)}.jsonl"
         self._about, self._file = about, None
-        loaded = self._load() if self.path is not None and is_main_process() else []
-        self._done = {_key(entry["cell"]): entry for entry in gather(loaded)[0]}
+        loaded = self._by_main_process(self._load)
+        self._done = {_key(entry["cell"]): entry for entry in loaded or ()}
+
+    def _by_main_process(self, work: Callable[[], Any]) -> Any:
+        """What process 0 makes of the file, on every process; if it cannot, no process goes on."""
+        if self.path is None:
+            return None
+        made, refused = None, None
+        if is_main_process():
+            try:
+                made = work()
+            except RecordError as error:
+                refused = str(error)
+        made, refused = gather([made, refused])[0]
+        if refused is not None:
+            raise RecordError(refused)
+        return made
 
     def __enter__(self) -> Cells:
-        if self.path is not None and is_main_process():
-            try:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                self._file = self.path.open("a", encoding="utf-8")
-            except OSError as error:
-                raise RecordError(f"{self.path}: cannot be written ({error.strerror})") from None
-            if self._file.tell() == 0:
-                self._write({"format": FORMAT, "about": self._about})
+        self._by_main_process(self._open)
         return self
+
+    def _open(self) -> None:
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = self.path.open("a", encoding="utf-8")
+        except OSError as error:
+            raise RecordError(f"{self.path}: cannot be written ({error.strerror})") from None
+        if self._file.tell() == 0:
+            self._write({"format": FORMAT, "about": self._about})
 
     def __exit__(self, *_) -> None:
         if self._file is not None:

@@ -160,6 +160,12 @@ def test_a_torn_line_is_done_again_and_a_damaged_one_is_named(tmp_path):
         Cells(tmp_path, about)
 
 
+def test_a_place_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RecordError, match="cannot be written"), Cells(tmp_path / "file" / "below", {}):
+        pass
+
+
 def test_the_mark_of_weights_is_the_same_on_any_mesh_and_another_after_an_update():
     experiment = tiny.experiment()
     optimizer = make_optimizer(experiment.train.optimizer, experiment.train.steps)
