@@ -183,8 +183,10 @@ examples:
   irope eval runs/debug
   irope eval runs/debug --step=200 --only=retrieval
   irope eval runs/debug --config.evals.1.lengths='(256, 1024, 4096)'
+  irope eval runs/model --config.evals="({'kind': 'text_tasks', 'name': 'ruler', 'lengths': (4096, 8192)},)"
 """,
-        "Values are changed as in `irope train`: --config.a.b=VALUE; what is measured is then printed, not recorded.",
+        "Values are changed as in `irope train`: --config.a.b=VALUE; what is measured is then printed, not recorded,\n"
+        "but for evaluations under a name that the run does not have yet. A grid of tasks goes on where it was killed.",
     )
     evaluate.add_argument("run", metavar="RUN", help="run directory")
     evaluate.add_argument("--step", type=int, metavar="N", help="checkpoint to read (default: the newest)")

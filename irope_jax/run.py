@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from irope_jax.core.hosts import (
     is_main_process,
 )
 from irope_jax.core.records import ConfigChangedError, NullWriter, RecordError, RunWriter, load_run
-from irope_jax.evals.registry import build_evaluators
+from irope_jax.evals.registry import EvalSpec, build_evaluators
 from irope_jax.experiment import check_devices, load_config, resolve, run_config
 from irope_jax.export import export_verb
 from irope_jax.model.config import draw_layers
@@ -46,6 +47,12 @@ EXPECTED_ERRORS = (
     CheckpointError, DisagreementError, PlotsMissingError, RecordError, SearchError, SpikeError, TrainingError,
 )  # fmt: skip
 """Failures whose message alone tells a user what to do."""
+
+EVALUATIONS = "evaluations"
+"""Where below a run directory evaluations keep the cells they have finished."""
+
+ADDED = "evaluation"
+"""The event that says what an evaluation is that is not in the config of the run."""
 
 Overrides = list[tuple[str, str]]
 
@@ -167,19 +174,42 @@ def eval_verb(args: argparse.Namespace, overrides: Overrides) -> int:
     with jax.set_mesh(mesh):
         params, step = params_for(directory, trained.model, experiment.model, mesh, args.step)
         # Another mesh measures the same; anything else would put numbers of another model or task into this run.
-        values, mark = to_dict(whole), fingerprint(whole)
-        as_trained = replace(experiment, mesh=trained.mesh) == trained
-        writer = RunWriter(directory, values, mark) if is_main_process() and as_trained else NullWriter()
+        as_trained = replace(experiment, mesh=trained.mesh, evals=trained.evals) == trained
+        recorded = _recorded(directory, trained.evals, chosen) if is_main_process() and as_trained else {}
+        writer = RunWriter(directory, to_dict(whole), fingerprint(whole)) if recorded else NullWriter()
         with writer:
-            for evaluator in build_evaluators(chosen, experiment.model, experiment.data.tokenizer):
+            for spec in recorded.values():
+                if spec not in trained.evals:
+                    writer.event(step, ADDED, evaluation=spec.name, kind=spec.kind, spec=fingerprint(spec))
+            model, tokenizer = experiment.model, experiment.data.tokenizer
+            for evaluator in build_evaluators(chosen, model, tokenizer, directory=directory / EVALUATIONS):
                 for found in evaluator.run(params):
-                    writer.measure(step, evaluator.name, found.name, found.value, found.count, found.where)
+                    if evaluator.name in recorded:
+                        writer.measure(step, evaluator.name, found.name, found.value, found.count, found.where)
                     if is_main_process():
                         where = "  ".join(f"{k}={v}" for k, v in found.where.items())
                         print(f"{evaluator.name}  {found.name}  {found.value:.4f}  n={found.count}  {where}")
-    if not as_trained:
-        log.info("evaluated with changed values: printed only, not added to %s", directory / "records.jsonl")
+    printed = [spec.name for spec in chosen if spec.name not in recorded]
+    if printed:
+        log.info(
+            "evaluated with changed values: printed only, not added to %s: %s; an evaluation with a name of its own "
+            "(--config.evals...name=...) is added",
+            directory / "records.jsonl",
+            ", ".join(printed),
+        )
     return 0
+
+
+def _recorded(directory: Path, trained: Sequence[EvalSpec], chosen: Sequence[EvalSpec]) -> dict[str, EvalSpec]:
+    """The evaluations, by name, whose numbers may join the records of a run.
+
+    Those of its config as they are; and others under names that neither the config nor another evaluation has taken.
+    """
+    taken = {spec.name: fingerprint(spec) for spec in trained}
+    for event in load_run(directory).events:
+        if event.name == ADDED:
+            taken.setdefault(event.details["evaluation"], event.details["spec"])
+    return {spec.name: spec for spec in chosen if taken.get(spec.name, fingerprint(spec)) == fingerprint(spec)}
 
 
 def report_verb(args: argparse.Namespace, overrides: Overrides) -> int:

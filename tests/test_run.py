@@ -11,6 +11,7 @@ from irope_jax import cli
 from irope_jax.checkpoint.native import Checkpoints
 from irope_jax.core.numerics import assert_equal_trees
 from irope_jax.core.records import RunWriter, load_run
+from irope_jax.study.collect import load_arms
 from tests import tiny
 
 OF_THE_MACHINE = ("step_seconds", "tokens_per_second", "flops_per_second", "memory_bytes")
@@ -148,6 +149,20 @@ def test_eval_with_changed_values_prints_only(capfd, copy):
     assert code == 0 and "length=48" in out and "length=32" not in out
     assert "printed only" in err and (copy / "records.jsonl").read_bytes() == before
     assert load_run(copy).config["evals"][1]["lengths"] == [32]
+
+
+def test_an_evaluation_with_a_name_of_its_own_joins_the_records_and_stays_what_it_is(capfd, copy):
+    sliding = "({'kind': 'sliding_perplexity', 'name': 'slide', 'lengths': (32,), 'stride': 16, 'tokens': %d},)"
+    code, out, err = irope(capfd, "eval", copy, "--config.evals=" + sliding % 128)
+    assert code == 0 and "printed only" not in err and "slide  nll_sliding" in out
+    recorded = lambda: [(r.name, r.count) for r in load_run(copy).evals if r.evaluation == "slide"]
+    assert recorded() == [("nll_sliding", 128)]
+    (arm,) = load_arms([copy])
+    assert [m.count for m in arm.measurements("sliding_perplexity", "nll_sliding")] == [128]
+    code, _, err = irope(capfd, "eval", copy, "--config.evals=" + sliding % 64)  # another, under the same name
+    assert code == 0 and "printed only" in err and "slide" in err and recorded() == [("nll_sliding", 128)]
+    code, _, err = irope(capfd, "train", f"--config={copy / 'config.json'}", f"--run-dir={copy}")
+    assert code == 0 and "is finished" in err
 
 
 def test_eval_on_another_mesh_still_belongs_to_the_run(capfd, copy):

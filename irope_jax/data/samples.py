@@ -62,6 +62,18 @@ class Task:
         """Fewest tokens a sample of this task always fits into."""
         raise NotImplementedError
 
+    def at_end(self, facts: int) -> Task:
+        """This task with that many facts (strings, chains, lists), all of them asked for at the end of the sample.
+
+        Raises:
+          ConfigError: it cannot have as many, or always asks before the end.
+        """
+        raise ConfigError("kind", self.kind, "this task asks all along its sample; choose another for an evaluation")
+
+    def placed(self, depths: tuple[float, ...]) -> dict[str, Any]:
+        """Overrides of `sample` that put the facts at these depths, as far as the task can say where they stand."""
+        return {}
+
     def check(self, tokenizer: TokenizerSpec, length: int) -> None:
         """Raises `ConfigError` if samples of `length` tokens cannot be made with this tokenizer."""
         if tokenizer.num_symbols < self.symbols_needed:

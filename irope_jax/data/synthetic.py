@@ -7,14 +7,16 @@ What a sample is says `samples`, the filler around the facts comes from `haystac
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
 from irope_jax.core.config import ConfigError, nearest
 from irope_jax.data.haystacks import HaystackSpec, MarkovHaystack
 from irope_jax.data.samples import Sample, Task, draw_between, draw_distinct, scatter
+from irope_jax.data.synthetic_lists import ManyValues, SameValue
 from irope_jax.data.tokenizer import TokenizerSpec
 
 
@@ -75,6 +77,13 @@ class Needle(Task):
     @property
     def shortest(self) -> int:
         return 1 + (self.num_facts[1] + self.num_queries[1]) * self.event_tokens
+
+    def at_end(self, facts: int) -> Task:
+        each = (facts, facts)
+        return dataclasses.replace(self, queries="end", num_facts=each, num_queries=each, depths=())
+
+    def placed(self, depths: tuple[float, ...]) -> dict[str, Any]:
+        return {"depths": depths}
 
     def _sample(self, rng: np.random.Generator, length: int, tokenizer: TokenizerSpec) -> Sample:
         num_facts, num_queries = draw_between(rng, self.num_facts), draw_between(rng, self.num_queries)
@@ -219,6 +228,14 @@ class Copy(Task):
     def shortest(self) -> int:
         return 3 + 2 * self.string_tokens[1]
 
+    def at_end(self, facts: int) -> Task:
+        if facts != 1:
+            raise ConfigError("kind", self.kind, "there is one string in a sample; ask for 1")
+        return self
+
+    def placed(self, depths: tuple[float, ...]) -> dict[str, Any]:
+        return {"depth": depths[0]}
+
     def _sample(self, rng: np.random.Generator, length: int, tokenizer: TokenizerSpec) -> Sample:
         count = draw_between(rng, self.string_tokens)
         string = tokenizer.symbols(0, self.num_values)[rng.integers(self.num_values, size=count)]
@@ -281,6 +298,9 @@ class VariableTracking(Task):
     def shortest(self) -> int:
         return 1 + 3 * self.num_chains[1] * (2 + self.hops[1])
 
+    def at_end(self, facts: int) -> Task:
+        return dataclasses.replace(self, num_chains=(facts, facts))
+
     def _sample(self, rng: np.random.Generator, length: int, tokenizer: TokenizerSpec) -> Sample:
         chains, hops = draw_between(rng, self.num_chains), draw_between(rng, self.hops)
         names = tokenizer.symbols(0, self.num_keys)[rng.permutation(self.num_keys)[: chains * (1 + hops)]]
@@ -316,4 +336,4 @@ class VariableTracking(Task):
         return Sample(tokens, weights, answers, meta)
 
 
-TaskSpec = Needle | MultiQueryRecall | Copy | VariableTracking
+TaskSpec = Needle | MultiQueryRecall | Copy | VariableTracking | ManyValues | SameValue

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
@@ -12,6 +13,8 @@ import numpy as np
 
 from irope_jax.core.hosts import to_host
 from irope_jax.core.types import Batch
+from irope_jax.data.documents import Document
+from irope_jax.data.packing import batch_of
 from irope_jax.losses import token_losses
 from irope_jax.model.config import ModelConfig
 from irope_jax.model.decoder import hidden_states
@@ -63,6 +66,25 @@ class Scorer:
         """Most likely next token at `places_BQ`, and the loss in nats of `wanted_BQ` there."""
         best_BQ, nll_BQ = _at_places(*self._forward(params, on_mesh(batch)), places_BQ, wanted_BQ)
         return to_host(best_BQ), to_host(nll_BQ)
+
+
+def document_losses(
+    scorer: Scorer, params: Any, documents: Iterable[Document], length: int, pad_id: int, batch_tokens: int
+) -> Iterator[np.ndarray]:
+    """Loss in nats of every target of each document, float64 `[n - 1]`, in their order.
+
+    Args:
+      scorer, params: the model.
+      documents: of at most `length + 1` tokens; each is a row of its own.
+      length: what rows are padded to.
+      pad_id: token of padding.
+      batch_tokens: tokens of one forward pass, about.
+    """
+    waiting, rows = iter(documents), rows_per_batch(batch_tokens, length)
+    while group := list(itertools.islice(waiting, rows)):
+        nll_BT, _ = scorer.token_losses(params, batch_of(group, length, pad_id, rows=rows))
+        for row, document in enumerate(group):
+            yield nll_BT[row, : len(document.tokens) - 1].astype(np.float64)
 
 
 def on_mesh(batch: Batch) -> Batch:

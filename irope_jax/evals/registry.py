@@ -3,17 +3,52 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from irope_jax.data.tokenizer import TokenizerSpec
+from irope_jax.evals.answering import Answering
+from irope_jax.evals.cropped_perplexity import CroppedPerplexity
 from irope_jax.evals.evaluator import Evaluator
+from irope_jax.evals.long_perplexity import LongPerplexity
+from irope_jax.evals.multiple_choice import MultipleChoice
 from irope_jax.evals.passkey import Passkey
 from irope_jax.evals.perplexity import Perplexity
 from irope_jax.evals.retrieval import Retrieval
+from irope_jax.evals.sliding_perplexity import SlidingPerplexity
+from irope_jax.evals.text_tasks import TextTasks
 from irope_jax.model.config import ModelConfig
 
-EvalSpec = Passkey | Perplexity | Retrieval
+EvalSpec = (
+    CroppedPerplexity
+    | LongPerplexity
+    | MultipleChoice
+    | Passkey
+    | Perplexity
+    | Retrieval
+    | SlidingPerplexity
+    | TextTasks
+)
 
 
-def build_evaluators(specs: Sequence[EvalSpec], model: ModelConfig, tokenizer: TokenizerSpec) -> list[Evaluator]:
-    """An evaluator per spec, in their order."""
-    return [spec.build(model, tokenizer) for spec in specs]
+def build_evaluators(
+    specs: Sequence[EvalSpec],
+    model: ModelConfig,
+    tokenizer: TokenizerSpec,
+    *,
+    answering: Answering | None = None,
+    directory: Path | None = None,
+) -> list[Evaluator]:
+    """An evaluator per spec, in their order.
+
+    Args:
+      specs: what to measure.
+      model, tokenizer: of what.
+      answering: how text is generated where an evaluation needs it; None is by a forward pass for each token.
+      directory: where evaluations that may be cut short keep what they have finished; None keeps nothing.
+    """
+    return [
+        spec.build(model, tokenizer, answering, None if directory is None else directory / spec.name)
+        if isinstance(spec, TextTasks)
+        else spec.build(model, tokenizer)
+        for spec in specs
+    ]

@@ -6,7 +6,6 @@ both sides of a chunk border cannot be put together by the layers that stop ther
 
 from __future__ import annotations
 
-import dataclasses
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,7 +19,8 @@ from irope_jax.core.hosts import is_main_process
 from irope_jax.core.progress import ProgressBar
 from irope_jax.data.documents import Document
 from irope_jax.data.packing import batch_of
-from irope_jax.data.synthetic import Needle
+from irope_jax.data.samples import Sample, Task
+from irope_jax.data.synthetic import Needle, TaskSpec
 from irope_jax.data.tokenizer import TokenizerSpec
 from irope_jax.evals.evaluator import Measurement
 from irope_jax.evals.forward import Scorer, rows_per_batch
@@ -37,10 +37,12 @@ class Retrieval:
 
     Attributes:
       name: label in the records.
-      task: what the samples are; its `queries` is taken as `end`.
+      task: what the samples are, asked at their end. The fact of an answer that is put together from several is the
+        first of them.
       lengths: context lengths in tokens.
       queries: how many questions to ask at each length, at least one sample's.
-      facts: facts in a context, all of them asked for, spread evenly over the depths.
+      facts: facts in a context (strings, chains, lists, as the task has them), all of them asked for; spread evenly
+        over the depths where the task can say where they stand.
       depth_bins: depths are reported in this many equal bins.
       seed: of the samples.
       batch_tokens: tokens of one forward pass.
@@ -48,7 +50,7 @@ class Retrieval:
 
     kind: ClassVar[str] = "retrieval"
     name: str = "retrieval"
-    task: Needle = Needle()
+    task: TaskSpec = Needle()
     lengths: tuple[int, ...] = (1024,)
     queries: int = 256
     facts: int = 8
@@ -74,15 +76,14 @@ class Retrieval:
                 raise error if error.field.startswith("tokenizer") else error.within("task") from None
 
     @property
-    def task_at_end(self) -> Needle:
+    def task_at_end(self) -> Task:
         """The task with `facts` facts, all of them asked for at the end.
 
         Raises:
-          ConfigError: the task has too few keys for that.
+          ConfigError: the task cannot have that many.
         """
-        each = (self.facts, self.facts)
         try:
-            return dataclasses.replace(self.task, queries="end", num_facts=each, num_queries=each, depths=())
+            return self.task.at_end(self.facts)
         except ConfigError as error:
             raise ConfigError("facts", self.facts, f"the task cannot have that many: {error.fix}") from None
 
@@ -113,19 +114,24 @@ class RetrievalEvaluator:
             group = [self._sample(rng, length) for _ in range(min(rows, count - first))]
             # The last token is only a target, so a context of `length` inputs is a sample of length + 1 tokens.
             batch = batch_of([Document(s.tokens, s.weights) for s in group], length, self._tokenizer.pad_id, rows=rows)
-            starts = [s.meta["answer_start"] for s in group]
-            width = spec.task.value_tokens
-            places = np.stack([(a[:, None] + np.arange(width)).ravel() - 1 for a in starts])
-            places = np.pad(places, ((0, rows - len(group)), (0, 0)))
+            # Per sample, per question: the places that predict its answer.
+            asked = [
+                [np.arange(a, b + 1) - 1 for a, b in zip(s.meta["answer_start"], s.meta["answer_end"])] for s in group
+            ]
+            flat = [np.concatenate(questions) for questions in asked]
+            places = np.zeros((rows, max(map(len, flat))), np.int64)
+            for row, own in enumerate(flat):
+                places[row, : len(own)] = own
             wanted = np.take_along_axis(np.asarray(batch.targets), places, axis=1)
             best_BQ, nll_BQ = self._scorer.predictions(params, batch, places, wanted)
             for row, sample in enumerate(group):
-                hit = (best_BQ[row] == wanted[row]).reshape(-1, width).all(axis=1)
-                loss = nll_BQ[row].reshape(-1, width).mean(axis=1)
-                for q in range(len(hit)):
+                borders = np.cumsum([len(own) for own in asked[row]])[:-1]
+                hits = np.split((best_BQ[row] == wanted[row])[: len(flat[row])], borders)
+                losses = np.split(nll_BQ[row][: len(flat[row])], borders)
+                for q, (hit, loss) in enumerate(zip(hits, losses)):
                     cell = (self._depth_bin(sample.meta["depth"][q]), self._straddles(sample.meta, q))
-                    right[cell].append(bool(hit[q]))
-                    nll[cell].append(float(loss[q]))
+                    right[cell].append(bool(hit.all()))
+                    nll[cell].append(float(loss.mean()))
             so_far = np.mean(np.concatenate(list(right.values())))
             bar.advance(len(group), length=f"{length:,}", accuracy=f"{so_far:.3f}")
         for cell in sorted(right):
@@ -133,11 +139,12 @@ class RetrievalEvaluator:
             yield Measurement("accuracy", float(np.mean(right[cell])), len(right[cell]), where)
             yield Measurement("answer_nll", float(np.mean(nll[cell])), len(nll[cell]), where)
 
-    def _sample(self, rng: np.random.Generator, length: int):
-        """One context whose facts are spread over all depths, each in its own part, at random within it."""
+    def _sample(self, rng: np.random.Generator, length: int) -> Sample:
+        """One context, its facts spread over all depths where they can be, each in its own part, at random within."""
         facts = self.spec.facts
         depths = tuple((np.arange(facts) + rng.random(facts)) / facts)
-        return self.spec.task_at_end.sample(rng, length + 1, self._tokenizer, depths=depths)
+        task = self.spec.task_at_end
+        return task.sample(rng, length + 1, self._tokenizer, **task.placed(depths))
 
     def _depth_bin(self, depth: float) -> float:
         bins = self.spec.depth_bins

@@ -70,10 +70,12 @@ class Arm:
     def evaluations(self, kind: str) -> list[str]:
         """Names of the recorded evaluations of a kind; first the one that speaks for the run.
 
-        That is the one called like its kind, else the first that the config names.
+        That is the one called like its kind, else the first that the config names, else one that was added later.
         """
         specs = lookup(self.run.config, "evals") or ()
         named = [spec.get("name") for spec in specs if isinstance(spec, dict) and spec.get("kind") == kind]
+        added = [event.details for event in self.run.events if event.name == "evaluation"]
+        named += [details.get("evaluation") for details in added if details.get("kind") == kind]
         recorded = {m.evaluation for m in self.run.evals}
         return [name for name in dict.fromkeys([kind, *named]) if name in recorded]
 

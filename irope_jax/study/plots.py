@@ -15,6 +15,7 @@ from pathlib import Path
 
 from irope_jax.study.collect import (
     Arm,
+    Cell,
     Facts,
     by_length,
     chance,
@@ -50,8 +51,8 @@ def headline(arms: Sequence[Arm], path: Path, facts: Facts = "all") -> Path | No
     figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH if len(panels) > 1 else 0.6 * WIDTH, 3.5), squeeze=False)
     for axis, draw in zip(axes[0], panels, strict=True):
         draw(axis, arms)
-    _legend_above(figure, axes[0], arms)
-    return _save(figure, path)
+    legend_above(figure, axes[0], arms)
+    return save_figure(figure, path)
 
 
 def retrieval_by_length(arms: Sequence[Arm], path: Path, facts: Facts = "all") -> Path | None:
@@ -60,8 +61,8 @@ def retrieval_by_length(arms: Sequence[Arm], path: Path, facts: Facts = "all") -
         return None
     figure, axis = pyplot().subplots(figsize=(WIDTH, 3.9))
     _draw_retrieval(axis, arms, facts)
-    _legend_above(figure, [axis], arms)
-    return _save(figure, path)
+    legend_above(figure, [axis], arms)
+    return save_figure(figure, path)
 
 
 def perplexity_by_position(arms: Sequence[Arm], path: Path) -> Path | None:
@@ -70,8 +71,8 @@ def perplexity_by_position(arms: Sequence[Arm], path: Path) -> Path | None:
         return None
     figure, axis = pyplot().subplots(figsize=(WIDTH, 3.9))
     _draw_nll_by_position(axis, arms, as_perplexity=True)
-    _legend_above(figure, [axis], arms)
-    return _save(figure, path)
+    legend_above(figure, [axis], arms)
+    return save_figure(figure, path)
 
 
 def loss_curves(arms: Sequence[Arm], path: Path) -> Path | None:
@@ -86,7 +87,7 @@ def loss_curves(arms: Sequence[Arm], path: Path) -> Path | None:
         span = max(1.0, (steps[-1] - steps[0]) / 30)
         smoothed = smooth(steps, losses, span)
         smoothed_all += [v for v in smoothed if math.isfinite(v)]
-        colour = _colour(arm)
+        colour = run_colour(arm)
         axis.plot(steps, losses, color=colour, linewidth=0.7, alpha=0.3)
         line = "-" if arm.index < len(COLOURS) else "--"
         axis.plot(steps, smoothed, line, color=colour, linewidth=2.0, label=arm.label)
@@ -101,19 +102,28 @@ def loss_curves(arms: Sequence[Arm], path: Path) -> Path | None:
     axis.set_xlabel("training step")
     axis.set_ylabel("loss, nats per token")
     axis.xaxis.set_major_formatter(_ticker().FuncFormatter(lambda value, _: f"{value:,.0f}"))
-    _legend_above(figure, [axis], [arm for arm, _, _ in curves])
-    return _save(figure, path)
+    legend_above(figure, [axis], [arm for arm, _, _ in curves])
+    return save_figure(figure, path)
 
 
 def heat_maps(arms: Sequence[Arm], path: Path, facts: Facts = "all") -> Path | None:
     """Accuracy by context length and depth of the fact: one map per run, one colour scale for all."""
     maps = [(arm, retrieval(arm, facts, ("length", "depth"))) for arm in arms]
-    maps = [(arm, cells) for arm, cells in maps if cells]
-    if not maps:
-        return None
+    maps = [(arm, arm.label, cells) for arm, cells in maps if cells]
+    return draw_maps(maps, path, "retrieval accuracy") if maps else None
+
+
+def draw_maps(maps: Sequence[tuple[Arm, str, Sequence[Cell]]], path: Path, what: str) -> Path:
+    """A map by context length and depth for each `(run, title, cells)`, all on one colour scale from 0 to 1.
+
+    Args:
+      maps: at least one; cells have `length` and `depth`.
+      path: PNG file to write.
+      what: is measured, written along the scale.
+    """
     plt = pyplot()
-    widest = max(len({cell.where["length"] for cell in cells}) for _, cells in maps)
-    depths = sorted({cell.where["depth"] for _, cells in maps for cell in cells})
+    widest = max(len({cell.where["length"] for cell in cells}) for _, _, cells in maps)
+    depths = sorted({cell.where["depth"] for _, _, cells in maps for cell in cells})
     columns = min(len(maps), 3 if widest <= 6 else 2)
     lines = math.ceil(len(maps) / columns)
     width = WIDTH if columns > 1 else 5.5
@@ -121,7 +131,7 @@ def heat_maps(arms: Sequence[Arm], path: Path, facts: Facts = "all") -> Path | N
     figure, axes = plt.subplots(lines, columns, figsize=(width, height), squeeze=False, layout="constrained")
     for axis in axes.flat[len(maps) :]:
         axis.set_visible(False)
-    for place, ((arm, cells), axis) in enumerate(zip(maps, axes.flat)):
+    for place, ((arm, title, cells), axis) in enumerate(zip(maps, axes.flat)):
         lengths = sorted({cell.where["length"] for cell in cells})
         grid = [[math.nan] * len(lengths) for _ in depths]
         for cell in cells:
@@ -142,7 +152,7 @@ def heat_maps(arms: Sequence[Arm], path: Path, facts: Facts = "all") -> Path | N
         for spine in axis.spines.values():
             spine.set_visible(False)
         letters = max(8, int(0.85 * width / columns * 72 / 6.5))
-        axis.set_title("\n".join(textwrap.wrap(arm.label, letters)), color=_colour(arm))
+        axis.set_title("\n".join(textwrap.wrap(title, letters)), color=run_colour(arm))
         heads = [f"{times(arm.multiple(n))}\n{n:,}" if arm.training_length else f"{n:,}" for n in lengths]
         axis.set_xticks(range(len(lengths)), heads, fontsize=8)
         if place % columns == 0:
@@ -150,12 +160,12 @@ def heat_maps(arms: Sequence[Arm], path: Path, facts: Facts = "all") -> Path | N
             axis.set_ylabel("depth of the fact")
         else:
             axis.set_yticks([])
-    relative = all(arm.training_length for arm, _ in maps)
+    relative = all(arm.training_length for arm, _, _ in maps)
     figure.supxlabel("context length" + (" (× training length, tokens)" if relative else ", tokens"), fontsize=10)
     bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02, aspect=25)
-    bar.set_label("retrieval accuracy")
+    bar.set_label(what)
     bar.outline.set_visible(False)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _draw_retrieval(axis, arms: Sequence[Arm], facts: Facts = "all") -> None:
@@ -169,8 +179,8 @@ def _draw_retrieval(axis, arms: Sequence[Arm], facts: Facts = "all") -> None:
         ticks.update(dict.fromkeys(xs))
         bounds = [cell.interval for cell in cells]
         low, high = [bound[0] for bound in bounds], [bound[1] for bound in bounds]
-        axis.fill_between(xs, low, high, color=_colour(arm), alpha=0.2, linewidth=0)
-        axis.plot(xs, [cell.value for cell in cells], **_line(arm))
+        axis.fill_between(xs, low, high, color=run_colour(arm), alpha=0.2, linewidth=0)
+        axis.plot(xs, [cell.value for cell in cells], **run_line(arm))
     guess = chance(arms)
     if guess is not None:
         axis.axhline(guess, color=GREY, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
@@ -179,7 +189,7 @@ def _draw_retrieval(axis, arms: Sequence[Arm], facts: Facts = "all") -> None:
             fontsize=8.5,
         )  # fmt: skip
     axis.set_xscale("log", base=2)
-    _ticks(axis, sorted(ticks), times if relative else _tokens)
+    set_lengths(axis, sorted(ticks), times if relative else short_tokens)
     if relative and min(ticks) < 1:
         _mark_training(axis, 1.0, height=0.3)  # accuracy is high there
     axis.set_ylim(-0.03, 1.05)
@@ -206,15 +216,15 @@ def _draw_nll_by_position(axis, arms: Sequence[Arm], as_perplexity: bool = False
         values = [math.exp(min(c.value, 50.0)) if as_perplexity else c.value for c in cells]
         borders.update(lows, highs)
         drawn += [v for v in values if math.isfinite(v)]
-        axis.plot(xs, values, **_line(arm))
+        axis.plot(xs, values, **run_line(arm))
     axis.set_xscale("log", base=2)
     if as_perplexity:
         axis.set_yscale("log")
-    _ticks(axis, sorted(b for b in borders if b > 0), _tokens, at_most=10 if as_perplexity else 6)
+    set_lengths(axis, sorted(b for b in borders if b > 0), short_tokens, at_most=10 if as_perplexity else 6)
     for length in lengths:
         own = [arm for arm in trained if arm.training_length == length]
-        text = "training\nlength" if len(lengths) == 1 else f"trained\nat {_tokens(length)}"
-        _mark_training(axis, length, text, _colour(own[0]) if len(own) == 1 < len(trained) else GREY)
+        text = "training\nlength" if len(lengths) == 1 else f"trained\nat {short_tokens(length)}"
+        _mark_training(axis, length, text, run_colour(own[0]) if len(own) == 1 < len(trained) else GREY)
     if drawn:
         low, high = min(drawn), max(drawn)
         if as_perplexity:
@@ -240,7 +250,7 @@ def _mark_training(
     )  # fmt: skip
 
 
-def _ticks(axis, places: Sequence[float], write: Callable[[float], str], at_most: int = 7) -> None:
+def set_lengths(axis, places: Sequence[float], write: Callable[[float], str], at_most: int = 7) -> None:
     every = math.ceil(len(places) / at_most) if places else 1
     shown = places[::every]
     axis.set_xticks(shown, [write(place) for place in shown])
@@ -256,7 +266,7 @@ def _plain_log_axis(axis, low: float, high: float) -> None:
     axis.set_minor_locator(ticker.NullLocator())
 
 
-def _tokens(length: float) -> str:
+def short_tokens(length: float) -> str:
     for size, prefix in ((2**20, "M"), (2**10, "k")):
         if length >= size and length % (size // 4) == 0:
             return f"{length / size:g}{prefix}"
@@ -267,13 +277,13 @@ def _hundredths(value: float) -> str:
     return "1" if value == 1 else "0" if value == 0 else f"{min(value, 0.99):.2f}"[1:]
 
 
-def _colour(arm: Arm) -> str:
+def run_colour(arm: Arm) -> str:
     return COLOURS[arm.index % len(COLOURS)]
 
 
-def _line(arm: Arm) -> dict:
+def run_line(arm: Arm) -> dict:
     return {
-        "color": _colour(arm),
+        "color": run_colour(arm),
         "marker": MARKERS[arm.index % len(MARKERS)],
         "linestyle": "-" if arm.index < len(COLOURS) else "--",
         "linewidth": 2.0,
@@ -286,7 +296,7 @@ def _line(arm: Arm) -> dict:
     }
 
 
-def _legend_above(figure, axes, arms: Sequence[Arm]) -> None:
+def legend_above(figure, axes, arms: Sequence[Arm]) -> None:
     handles: dict[str, object] = {}
     for axis in axes:
         found, labels = axis.get_legend_handles_labels()
@@ -309,7 +319,7 @@ def _note(axis, text: str) -> None:
     axis.annotate(text, (0.995, 0.97), xycoords="axes fraction", ha="right", va="top", color=GREY, fontsize=8.5)
 
 
-def _save(figure, path: Path) -> Path:
+def save_figure(figure, path: Path) -> Path:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=200, facecolor="white", metadata={"Software": None})

@@ -15,9 +15,10 @@ from pathlib import Path
 
 import irope_jax
 from irope_jax.core.records import RecordError
-from irope_jax.study import plots, tables
+from irope_jax.study import plots, tables, task_plots
 from irope_jax.study.collect import Arm, load_arms, missing, nll_by_position, retrieval
 from irope_jax.study.stages import stages_table
+from irope_jax.study.text_tasks import effective_table, likelihood_table, scores_table
 
 PAGE = "report.md"
 
@@ -53,6 +54,8 @@ def write_report(
             _stages(arms),
             _retrieval(arms, out),
             _perplexity(arms, out),
+            _tasks(arms, out),
+            _likelihoods(arms),
             _training(arms, out),
             _origin(arms, command),
         ]
@@ -74,6 +77,9 @@ def terminal_tables(run_directories: Sequence[str | os.PathLike]) -> list:
         *_retrieval_tables(arms, False),
         tables.nll_by_length_table(arms),
         tables.nll_by_position_table(arms),
+        *map(scores_table, arms),
+        effective_table(arms),
+        likelihood_table(arms),
     ]
     return [table.rich() for table in found if table is not None]
 
@@ -176,6 +182,40 @@ def _perplexity(arms: Sequence[Arm], out: Path) -> str:
     if by_length is not None:
         text += [f"**{by_length.title}** (mean over the whole context)", by_length.markdown()]
     return "\n\n".join(text)
+
+
+def _tasks(arms: Sequence[Arm], out: Path) -> str:
+    found = [table for arm in arms if (table := scores_table(arm)) is not None]
+    if not found:
+        return ""
+    effective = effective_table(arms)
+    text = [
+        "## Tasks in words",
+        "Questions about long texts, by context length in tokens; scores from 0 to 1, in brackets the 95 % Wilson "
+        "interval as if each question were right or wrong.",
+    ]
+    if effective is not None:
+        text += [
+            f"**{effective.title}** (the greatest length measured whose mean score is above the threshold)",
+            effective.markdown(),
+        ]
+        text.append(_image(task_plots.suite_by_length(arms, out / "suite_by_length.png"), "suite score by length"))
+    for table in found:
+        text += [f"**{table.title}**", table.markdown()]
+    text.append(_image(task_plots.tasks_by_length(arms, out / "tasks_by_length.png"), "score of each task by length"))
+    path = task_plots.task_maps(arms, out / "task_heat_maps.png")
+    if path is not None:
+        text += ["By context length and depth of what is asked for (0 % is the beginning of the context):"]
+        text += [_image(path, "score by context length and depth")]
+    return "\n\n".join(text)
+
+
+def _likelihoods(arms: Sequence[Arm]) -> str:
+    table = likelihood_table(arms)
+    if table is None:
+        return ""
+    intro = "Losses in nats per token, accuracies from 0 to 1; n counts tokens or questions."
+    return "\n\n".join(["## Other likelihoods", intro, table.markdown()])
 
 
 def _training(arms: Sequence[Arm], out: Path) -> str:

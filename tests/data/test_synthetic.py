@@ -9,6 +9,7 @@ import pytest
 from irope_jax.core.config import ConfigError, from_dict, to_dict
 from irope_jax.data.haystacks import TextHaystack
 from irope_jax.data.synthetic import Copy, MultiQueryRecall, Needle, TaskSpec, VariableTracking
+from irope_jax.data.synthetic_lists import ManyValues, SameValue
 from irope_jax.data.tokenizer import ByteTokenizer
 
 TOKENIZER = ByteTokenizer(128)
@@ -24,6 +25,9 @@ TASKS = [
     Copy(),
     Copy(TextHaystack(), (3, 3), depth=0.5),
     VariableTracking(),
+    ManyValues(),
+    ManyValues(TextHaystack(), num_lists=(4, 4), values_each=(1, 3)),
+    SameValue(),
 ]
 IDS = [f"{task.kind}{i}" for i, task in enumerate(TASKS)]
 
@@ -74,7 +78,32 @@ def solve_tracking(tokens):
     return found
 
 
+def solve_many_values(tokens):
+    values, found = {}, {}
+    for i, token in enumerate(tokens):
+        if token == SET:
+            values.setdefault(tokens[i + 1], []).append(tokens[i + 2])
+        elif token == GET:
+            found |= {i + 2 + j: value for j, value in enumerate(values[tokens[i + 1]])}
+    return found
+
+
+def solve_same_value(tokens):
+    value, found = {}, {}
+    for i, token in enumerate(tokens):
+        if token == SET:
+            value[tokens[i + 1]] = tokens[i + 2]
+        elif token == LET:
+            value[tokens[i + 1]] = value[tokens[i + 2]]
+        elif token == GET:
+            names = [name for name, own in value.items() if own == tokens[i + 1]]
+            found |= {i + 2 + j: name for j, name in enumerate(names)}
+    return found
+
+
 def solve(task, tokens):
+    if task.kind in ("many_values", "same_value"):
+        return {"many_values": solve_many_values, "same_value": solve_same_value}[task.kind](tokens)
     if isinstance(task, Needle):
         return solve_needle(tokens, task.key_tokens, task.value_tokens)
     return {"multi_query_recall": solve_recall, "copy": solve_copy, "variable_tracking": solve_tracking}[task.kind](
@@ -108,6 +137,12 @@ def test_meta_points_at_questions_and_facts(task):
                 assert tokens[fact] == SET
             if task.kind == "variable_tracking":
                 assert tokens[fact_end] == tokens[start]
+            elif task.kind in (
+                "many_values",
+                "same_value",
+            ):  # the first fact has the first answer and what is asked for
+                assert {tokens[fact + 1], tokens[fact_end]} == {tokens[start], tokens[start - 1]}
+                assert tokens[start - 2] == GET and fact_end == fact + 2
             elif task.kind != "copy":  # key and value of the fact are those of the question
                 assert tokens[fact_end - width + 1 : fact_end + 1] == tokens[start : end + 1]
                 key = 1 if task.kind == "multi_query_recall" else task.key_tokens
@@ -202,6 +237,9 @@ def test_mistakes_name_the_field():
         "num_pairs": lambda: MultiQueryRecall(num_pairs=(1, 65)),
         "power": lambda: MultiQueryRecall(power=0.0),
         "num_chains": lambda: VariableTracking(num_chains=(1, 13)),
+        "num_lists": lambda: ManyValues(num_lists=(1, 65)),
+        "values_each": lambda: ManyValues(values_each=(2, 65)),
+        "hops": lambda: SameValue(hops=(0, 1)),
     }.items():
         with pytest.raises(ConfigError) as error:
             bad()

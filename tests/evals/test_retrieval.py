@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from irope_jax.core.config import ConfigError
-from irope_jax.data.synthetic import Needle
+from irope_jax.data.synthetic import Copy, MultiQueryRecall, Needle, VariableTracking
+from irope_jax.data.synthetic_lists import ManyValues, SameValue
 from irope_jax.data.tokenizer import ByteTokenizer
 from irope_jax.evals.retrieval import Retrieval
 from irope_jax.model.decoder import logits
@@ -17,7 +18,7 @@ from irope_jax.train.state import init_state
 from tests import tiny
 
 TOKENIZER = ByteTokenizer(num_symbols=16)
-SET, GET = TOKENIZER.marker("set"), TOKENIZER.marker("get")
+SET, GET, COPY = map(TOKENIZER.marker, ("set", "get", "copy"))
 CHUNK = 8  # of the tiny model
 KEY_TOKENS, VALUE_TOKENS = 2, 2
 WIDTH = 1 + KEY_TOKENS + VALUE_TOKENS
@@ -37,10 +38,11 @@ class Stub:
 
     def predictions(self, params, batch, places_BQ, wanted_BQ):
         tokens_BT = np.asarray(batch.tokens)
-        self.seen += [(row[row != TOKENIZER.pad_id], batch.tokens.shape[1]) for row in tokens_BT if (row == GET).any()]
+        asks = lambda row: ((row == GET) | (row == COPY)).any()
+        self.seen += [(row[row != TOKENIZER.pad_id], batch.tokens.shape[1]) for row in tokens_BT if asks(row)]
         best, nll = np.full(places_BQ.shape, -1), np.zeros(places_BQ.shape)
         for (b, q), place in np.ndenumerate(places_BQ):
-            if (tokens_BT[b] == GET).any():
+            if place and asks(tokens_BT[b]):  # place 0 fills up rows of fewer answers
                 best[b, q], nll[b, q] = self.answer(tokens_BT[b, : place + 1], wanted_BQ[b, q])
         return best, nll
 
@@ -136,6 +138,43 @@ def test_contexts_are_as_long_as_said_and_facts_straddle_no_border_of_a_model_wi
     assert {m.where["straddle"] for m in evaluator.run(None)} == {False}
 
 
+def read_lists(tokens, wanted):
+    """Of `GET key …` says the next value of the key, of `COPY …` the next token of the string."""
+    ask = np.flatnonzero((tokens == GET) | (tokens == COPY))[-1]
+    facts = np.flatnonzero(tokens == SET)
+    if tokens[ask] != GET:
+        return tokens[facts[0] + len(tokens) - ask], 0.0
+    values = [tokens[s + 2] for s in facts if tokens[s + 1] == tokens[ask + 1]]
+    return values[len(tokens) - ask - 2], 0.0
+
+
+@pytest.mark.parametrize(
+    ("task", "facts"),
+    [
+        (ManyValues(num_keys=8, num_values=8, values_each=(2, 3)), 2),
+        (Copy(string_tokens=(3, 6), num_values=16), 1),
+        (VariableTracking(num_keys=8, num_values=8, hops=(1, 1)), 2),
+        (SameValue(num_keys=8, num_values=8, hops=(1, 1)), 2),
+    ],
+)
+def test_other_tasks_are_asked_in_the_same_way(task, facts):
+    one = spec(task=task, facts=facts, queries=24, lengths=(48,))
+    found, _ = run(one, lambda tokens, wanted: (wanted, 0.0))
+    assert accuracy(found) == 1.0 and sum(m.count for m in found if m.name == "accuracy") == 24
+    assert accuracy(run(one, lambda tokens, wanted: (-1, 0.0))[0]) == 0.0
+    if task.kind in ("many_values", "copy"):
+        assert accuracy(run(one, read_lists)[0]) == 1.0
+    if task.kind == "copy":
+        assert [m.where["depth"] for m in found if m.name == "accuracy"] == sorted([0.125, 0.375, 0.625, 0.875] * 2)
+
+
+def test_a_list_is_right_only_as_a_whole():
+    task = ManyValues(num_keys=8, num_values=8, values_each=(2, 2), num_lists=(1, 1))
+    first_right = lambda tokens, wanted: (wanted if tokens[-2] == GET else -1, 0.0)
+    found, _ = run(spec(task=task, facts=2, queries=8, lengths=(48,)), first_right)
+    assert accuracy(found) == 0.0
+
+
 def test_the_same_samples_at_every_run_and_others_with_another_seed(oracle):
     tokens = lambda seen: np.concatenate([row for row, _ in seen])
     again, elsewhere = run(spec(), look_up)[1], run(spec(seed=2), look_up)[1]
@@ -178,6 +217,8 @@ def test_the_forward_pass_scores_the_tokens_asked_for_on_one_device_and_on_eight
 def test_mistakes_are_found_before_anything_runs():
     for field, wrong in [
         ("facts", spec(task=Needle(num_keys=2, num_values=8, num_facts=(1, 2)))),
+        ("facts", spec(task=Copy(num_values=8), facts=2)),
+        ("facts", spec(task=MultiQueryRecall(num_keys=8, num_values=8, num_pairs=(1, 4)))),
         ("lengths", spec(lengths=(96, 20))),
         ("tokenizer.num_symbols", spec(task=Needle(num_keys=16, num_values=8))),
     ]:

@@ -35,7 +35,7 @@ def png_width(path):
 def drawn(monkeypatch):
     """Figures as they are saved, kept open to be read."""
     figures = []
-    monkeypatch.setattr(plots, "_save", lambda figure, path: figures.append(figure) or path)
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: figures.append(figure) or path)
     yield figures
     import matplotlib.pyplot
 
