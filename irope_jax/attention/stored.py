@@ -1,0 +1,113 @@
+"""Keys or values as a cache holds them: stacked over layers, head-major, as floats or as small integers with scales.
+
+Head-major (`[R, B, K, S, H]`) because a product over the slots of one head then reads memory in order; token-major, XLA
+turns the whole cache around for every step. Belongs here: number formats. Which slot a token gets is not known here.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import flax.struct
+import jax.numpy as jnp
+from jax import lax
+
+from irope_jax.core.types import Array
+
+Numbers = Literal["float32", "bfloat16", "int8", "int4"]
+
+LARGEST = {"int8": 127, "int4": 7}
+"""Formats of integers, and the largest of each; symmetrical, so that zero is zero."""
+
+
+@flax.struct.dataclass
+class Stored:
+    """Vectors of width H at slots.
+
+    Attributes:
+      data: `[R, B, K, S, H]` float32, bfloat16 or int8; for int4 uint8 `[R, B, K, S, H/2]`: entry `i` in the low half
+        of a byte, entry `i + H/2` in the high half.
+      scales: bfloat16 `[R, B, K, S, H/block]`, what the integers of a block are multiplied by; None for floats. A token
+        has its own, so that one more token never touches those that are there.
+      numbers: the format.
+    """
+
+    data: Array
+    scales: Array | None
+    numbers: Numbers = flax.struct.field(pytree_node=False)
+
+    @classmethod
+    def empty(cls, shape: tuple[int, ...], numbers: Numbers, block: int | None = None) -> Stored:
+        """Zeros of shape `[R, B, K, S, H]`; `block` entries share a scale, None means all H."""
+        *outer, width = shape
+        if numbers not in LARGEST:
+            return cls(jnp.zeros(shape, jnp.dtype(numbers)), None, numbers)
+        scales = jnp.zeros((*outer, width // (block or width)), jnp.bfloat16)
+        if numbers == "int4":
+            return cls(jnp.zeros((*outer, width // 2), jnp.uint8), scales, numbers)
+        return cls(jnp.zeros(shape, jnp.int8), scales, numbers)
+
+    @property
+    def slots(self) -> int:
+        return self.data.shape[3]
+
+    def pack(self, x: Array) -> tuple[Array, Array | None]:
+        """Vectors `[..., H]` in this format: data and scales."""
+        if self.scales is None:
+            return x.astype(self.data.dtype), None
+        most, count = LARGEST[self.numbers], self.scales.shape[-1]
+        blocks = x.astype(jnp.float32).reshape(*x.shape[:-1], count, -1)
+        # Rounded up, so that the largest entry is not beyond the largest integer; then divided by what is kept.
+        scales = (jnp.max(jnp.abs(blocks), axis=-1) * ((1 + 2.0**-8) / most)).astype(jnp.bfloat16)
+        divide = scales.astype(jnp.float32)[..., None]
+        whole = jnp.round(blocks / jnp.where(divide > 0, divide, 1.0))
+        whole = jnp.clip(whole, -most, most).astype(jnp.int8).reshape(x.shape)
+        if self.numbers == "int4":
+            low, high = jnp.split(whole.astype(jnp.uint8), 2, axis=-1)
+            whole = (low & 15) | (high << 4)
+        return whole, scales
+
+    def unpack(self, data: Array, scales: Array | None) -> Array:
+        """Vectors `[..., H]` of what `pack` gave: bfloat16 as they are, all others float32."""
+        if scales is None:
+            return data
+        if self.numbers == "int4":
+            halves = [(data & 15).astype(jnp.int8), (data >> 4).astype(jnp.int8)]
+            data = jnp.concatenate([(half ^ 8) - 8 for half in halves], axis=-1)
+        blocks = data.astype(jnp.float32).reshape(*data.shape[:-1], scales.shape[-1], -1)
+        return (blocks * scales.astype(jnp.float32)[..., None]).reshape(data.shape)
+
+    def rounded(self, x: Array) -> Array:
+        """What is read of `x` once it is stored, in the type of `x`."""
+        return self.unpack(*self.pack(x)).astype(x.dtype)
+
+    def read(self, repeat: int | Array, start: int | Array, length: int) -> Array:
+        """Slots `start … start + length - 1` of one layer, `[B, K, length, H]`."""
+
+        def cut(x):
+            if x.shape[0] == 1 and length == x.shape[3]:
+                return x[0]
+            return lax.dynamic_slice(x, (repeat, 0, 0, start, 0), (1, *x.shape[1:3], length, x.shape[4]))[0]
+
+        return self.unpack(cut(self.data), None if self.scales is None else cut(self.scales))
+
+    def write(self, repeat: int | Array, slot_BT: Array, x_BTKH: Array) -> Stored:
+        """The same with vectors put at slots of one layer; those at slots that do not exist are left out."""
+        rows = jnp.arange(slot_BT.shape[0])[:, None]
+
+        def put(old, new):
+            return None if old is None else old.at[repeat, rows, :, slot_BT].set(new, mode="drop")
+
+        data, scales = self.pack(x_BTKH)
+        return self.replace(data=put(self.data, data), scales=put(self.scales, scales))
+
+
+@flax.struct.dataclass
+class KeysValues:
+    """Keys, already rotated, and values of layers."""
+
+    keys: Stored
+    values: Stored
+
+    def write(self, repeat: int | Array, slot_BT: Array, k_BTKH: Array, v_BTKH: Array) -> KeysValues:
+        return KeysValues(self.keys.write(repeat, slot_BT, k_BTKH), self.values.write(repeat, slot_BT, v_BTKH))
