@@ -37,12 +37,12 @@ class Stored:
     numbers: Numbers = flax.struct.field(pytree_node=False)
 
     @classmethod
-    def empty(cls, shape: tuple[int, ...], numbers: Numbers, block: int | None = None) -> Stored:
-        """Zeros of shape `[R, B, K, S, H]`; `block` entries share a scale, None means all H."""
+    def empty(cls, shape: tuple[int, ...], numbers: Numbers, block: int) -> Stored:
+        """Zeros of shape `[R, B, K, S, H]`; of integers `block` entries share a scale."""
         *outer, width = shape
         if numbers not in LARGEST:
             return cls(jnp.zeros(shape, jnp.dtype(numbers)), None, numbers)
-        scales = jnp.zeros((*outer, width // (block or width)), jnp.bfloat16)
+        scales = jnp.zeros((*outer, width // block), jnp.bfloat16)
         if numbers == "int4":
             return cls(jnp.zeros((*outer, width // 2), jnp.uint8), scales, numbers)
         return cls(jnp.zeros(shape, jnp.int8), scales, numbers)

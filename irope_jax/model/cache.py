@@ -44,7 +44,8 @@ class CacheSpec:
       batch: rows; each holds one document of its own length.
       capacity: tokens of a row that global layers keep; a multiple of `mesh.context`.
       numbers: format of keys and values. Integers have a scale per token, head and block.
-      block: entries of a head that share a scale; None means all of them.
+      block: entries of a head that share a scale of 2 bytes; None means 16, or as many as divide the head. At 16 the
+        logits of SmolLM2-135M are wrong by 0.46 % in int8 (root mean square), at 64 by 0.80 %.
       slack: slots of local layers beyond their reach: so many of the last tokens may be taken back (`rewound`).
     """
 
@@ -69,10 +70,13 @@ class CacheSpec:
         """Slots of a layer."""
         return self.capacity if mask.reach is None else min(mask.reach + self.slack, self.capacity)
 
+    def shared(self, model: ModelConfig) -> int:
+        """Entries of a head that share a scale."""
+        return self.block or math.gcd(16, model.head_dim)
+
     def check(self, model: ModelConfig) -> None:
         """Raises `ConfigError` if heads of the model cannot be kept so."""
-        block = self.block or model.head_dim
-        if model.head_dim % block:
+        if model.head_dim % self.shared(model):
             fix = f"must divide the head width {model.head_dim}"
             raise ConfigError("block", self.block, fix)
         if self.numbers == "int4" and model.head_dim % 2:
@@ -176,7 +180,7 @@ def empty_cache(model: ModelConfig, spec: CacheSpec) -> KVCache:
     def stored(mask):
         shape = (repeats, spec.batch, model.num_kv_heads, spec.slots(mask), model.head_dim)
         box = lambda x: nn.LogicallyPartitioned(x, stored_axes(mask))
-        return jax.tree.map(box, Stored.empty(shape, spec.numbers, spec.block))
+        return jax.tree.map(box, Stored.empty(shape, spec.numbers, spec.shared(model)))
 
     def coordinates(mask):
         box = lambda: nn.LogicallyPartitioned(jnp.zeros((spec.batch, spec.slots(mask)), jnp.int32), slot_axes(mask))
@@ -342,7 +346,7 @@ def cache_bytes(model: ModelConfig, spec: CacheSpec) -> tuple[KindBytes, ...]:
     """Bytes of a cache by kind of layer, in closed form. Lengths, 8 bytes a row, come on top (`row_bytes`)."""
     spec.check(model)
     bits = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}[spec.numbers]
-    blocks = model.head_dim // (spec.block or model.head_dim) if spec.numbers in LARGEST else 0
+    blocks = model.head_dim // spec.shared(model) if spec.numbers in LARGEST else 0
     found = []
     for mask in masks_of(model):
         layers = sum(layer.mask == mask for layer in model.layers)
