@@ -18,7 +18,7 @@ from irope_jax.core.types import PAD_SEGMENT, Array, TokenInfo
 SCORES = 2**20
 """Scores of a block, over all rows and heads: 4 MiB of float32."""
 
-FEWEST, MOST = 256, 8192
+FEWEST, MOST = 256, 4096
 """Slots of a block."""
 
 QUERIES = 128

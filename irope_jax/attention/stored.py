@@ -20,15 +20,24 @@ LARGEST = {"int8": 127, "int4": 7}
 """Formats of integers, and the largest of each; symmetrical, so that zero is zero."""
 
 
+def _bits(x: Array) -> Array:
+    return lax.bitcast_convert_type(x.astype(jnp.bfloat16), jnp.uint16)
+
+
+def _of_bits(x: Array) -> Array:
+    return lax.bitcast_convert_type(x, jnp.bfloat16)
+
+
 @flax.struct.dataclass
 class Stored:
     """Vectors of width H at slots.
 
     Attributes:
-      data: `[R, B, K, S, H]` float32, bfloat16 or int8; for int4 uint8 `[R, B, K, S, H/2]`: entry `i` in the low half
-        of a byte, entry `i + H/2` in the high half.
-      scales: bfloat16 `[R, B, K, S, H/block]`, what the integers of a block are multiplied by; None for floats. A token
-        has its own, so that one more token never touches those that are there.
+      data: `[R, B, K, S, H]` float32 or int8. Of bfloat16 the bits, uint16: XLA:CPU slices and updates bfloat16 as
+        float32 only, and copies all of it for that. Of int4 uint8 `[R, B, K, S, H/2]`: entry `i` in the low half of a
+        byte, entry `i + H/2` in the high half.
+      scales: bits of bfloat16 `[R, B, K, S, H/block]`, what the integers of a block are multiplied by; None for floats.
+        A token has its own, so that one more token never touches those that are there.
       numbers: the format.
     """
 
@@ -41,8 +50,8 @@ class Stored:
         """Zeros of shape `[R, B, K, S, H]`; of integers `block` entries share a scale."""
         *outer, width = shape
         if numbers not in LARGEST:
-            return cls(jnp.zeros(shape, jnp.dtype(numbers)), None, numbers)
-        scales = jnp.zeros((*outer, width // block), jnp.bfloat16)
+            return cls(jnp.zeros(shape, jnp.uint16 if numbers == "bfloat16" else jnp.float32), None, numbers)
+        scales = jnp.zeros((*outer, width // block), jnp.uint16)
         if numbers == "int4":
             return cls(jnp.zeros((*outer, width // 2), jnp.uint8), scales, numbers)
         return cls(jnp.zeros(shape, jnp.int8), scales, numbers)
@@ -54,12 +63,12 @@ class Stored:
     def pack(self, x: Array) -> tuple[Array, Array | None]:
         """Vectors `[..., H]` in this format: data and scales."""
         if self.scales is None:
-            return x.astype(self.data.dtype), None
+            return _bits(x) if self.numbers == "bfloat16" else x.astype(self.data.dtype), None
         most, count = LARGEST[self.numbers], self.scales.shape[-1]
         blocks = x.astype(jnp.float32).reshape(*x.shape[:-1], count, -1)
         # Rounded up, so that the largest entry is not beyond the largest integer; then divided by what is kept.
-        scales = (jnp.max(jnp.abs(blocks), axis=-1) * ((1 + 2.0**-8) / most)).astype(jnp.bfloat16)
-        divide = scales.astype(jnp.float32)[..., None]
+        scales = _bits(jnp.max(jnp.abs(blocks), axis=-1) * ((1 + 2.0**-8) / most))
+        divide = _of_bits(scales).astype(jnp.float32)[..., None]
         whole = jnp.round(blocks / jnp.where(divide > 0, divide, 1.0))
         whole = jnp.clip(whole, -most, most).astype(jnp.int8).reshape(x.shape)
         if self.numbers == "int4":
@@ -70,12 +79,12 @@ class Stored:
     def unpack(self, data: Array, scales: Array | None) -> Array:
         """Vectors `[..., H]` of what `pack` gave: bfloat16 as they are, all others float32."""
         if scales is None:
-            return data
+            return _of_bits(data) if self.numbers == "bfloat16" else data
         if self.numbers == "int4":
             halves = [(data & 15).astype(jnp.int8), (data >> 4).astype(jnp.int8)]
             data = jnp.concatenate([(half ^ 8) - 8 for half in halves], axis=-1)
         blocks = data.astype(jnp.float32).reshape(*data.shape[:-1], scales.shape[-1], -1)
-        return (blocks * scales.astype(jnp.float32)[..., None]).reshape(data.shape)
+        return (blocks * _of_bits(scales).astype(jnp.float32)[..., None]).reshape(data.shape)
 
     def rounded(self, x: Array) -> Array:
         """What is read of `x` once it is stored, in the type of `x`."""

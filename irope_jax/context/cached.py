@@ -24,7 +24,7 @@ from irope_jax.attention.partial import Partial, finish, merge
 from irope_jax.attention.reference import partial_reference
 from irope_jax.attention.stored import KeysValues
 from irope_jax.context.split_keys import merge_across
-from irope_jax.core.types import Array, TokenInfo
+from irope_jax.core.types import PAD_SEGMENT, Array, TokenInfo
 from irope_jax.sharding.rules import spec
 
 AXIS = "context"
@@ -35,7 +35,7 @@ class Places:
     """Where the tokens of a call go in the layers of one mask.
 
     Attributes:
-      before: coordinates of the slots without these tokens, `[B, S]`.
+      before: coordinates of the slots without these tokens and what was taken back, `[B, S]`.
       after: with them.
       slot: int32 `[B, T]`, number of the slot in order of rows; S for tokens that are not kept.
     """
@@ -158,19 +158,30 @@ def _local(
     attend = lambda cache, there: partial_cached(
         q_BTNH, cache.keys, cache.values, q_info, there, mask, repeat=repeat, **options
     )
-    if cut or k_BTKH.shape[1] == 1:
+    if cut and k_BTKH.shape[1] > 1:
         cache = cache.write(repeat, slot_BT, k_BTKH, v_BTKH)
         found.append(attend(cache, places.after))
-    else:  # of a longer piece, the last tokens take the slots of keys that the first still see
+    else:
+        # Read before it is written: a piece may take the slots of keys that its first tokens still see. And XLA writes
+        # where the cache lies if nobody reads it later.
         found.append(attend(cache, places.before))
-        within = partial_reference if impl == "reference" else partial_blockwise
+        if cut:  # a single token, which one of the devices counts
+            k_info = k_info.replace(segments=jnp.where(slot_BT < cache.keys.slots, k_info.segments, PAD_SEGMENT))
+        dense = impl == "reference" or k_BTKH.shape[1] == 1
+        within = partial_reference if dense else partial_blockwise
         k, v = cache.keys.rounded(k_BTKH), cache.values.rounded(v_BTKH)
+        cache = cache.write(repeat, slot_BT + _never(found[-1]), k_BTKH, v_BTKH)
         found.append(within(q_BTNH, k, v, q_info, k_info, mask, **options))
-        cache = cache.write(repeat, slot_BT, k_BTKH, v_BTKH)
     whole = reduce(merge, found)
     if cut and parts > 1:
         whole = _merge_shares(whole) if share else merge_across(whole, AXIS)
     return finish(whole, q_BTNH.dtype), cache
+
+
+def _never(part: Partial) -> Array:
+    """0, to be had only after `part`: without knowing what comes first, XLA copies a cache that is read and written."""
+    nothing = part.sum[:, 0, 0] + jnp.abs(part.out[:, 0, 0, 0]) < 0
+    return nothing.astype(jnp.int32)[:, None]
 
 
 def _shared(q_BTNH, q_info, cache, k_info, mask, repeat, options) -> Partial:

@@ -239,13 +239,12 @@ def begin(cache: KVCache, info: TokenInfo) -> tuple[KVCache, Reading]:
         slots = there.shape[1]
         if mask.reach is None:
             keep, slot = real & (offset < slots), offset
-            before = there
         else:
             keep, slot = real & (info.rows > last_B[:, None] - slots), offset % slots
-            taken_back = there.rows >= cache.lengths[:, None]
-            before = there.replace(segments=jnp.where(taken_back, PAD_SEGMENT, there.segments))
+        taken_back = there.rows >= cache.lengths[:, None]
+        before = there.replace(segments=jnp.where(taken_back, PAD_SEGMENT, there.segments))
         slot = jnp.where(keep, slot, slots).astype(jnp.int32)
-        places.append(Places(before, place(mask, before, info, slot), slot))
+        places.append(Places(before, place(mask, there, info, slot), slot))
     prefixes = cache.before()
     full = last_B - cache.first >= cache.capacity
     reading = Reading(

@@ -65,7 +65,7 @@ def params_of(config):
     return nn.meta.unbox(jax.jit(lambda: init_params(config, jax.random.key(0)))())
 
 
-def tokens_of(batch=len(LENGTHS), length=T):
+def tokens_of(batch=4, length=T):
     return jnp.asarray(np.random.default_rng(0).integers(0, 32, (batch, length)), jnp.int32)
 
 
@@ -123,8 +123,8 @@ def test_token_by_token_is_one_forward_pass(name, devices):
     assert cache.lengths.tolist() == list(LENGTHS)
 
 
-@pytest.mark.parametrize("devices", [1, 8])
-def test_any_pieces_are_one_forward_pass(devices):
+@pytest.mark.parametrize(("devices", "cuts"), [(1, [(20, 1), (3, 3)]), (8, [(3, 1), (8, 3), (1, 2)])])
+def test_any_pieces_are_one_forward_pass(devices, cuts):
     """Pieces that end inside chunks and beyond several, of widths that four devices share and of others."""
     config, tokens, real = MODELS["all kinds"], tokens_of(), real_of()
     params = params_of(config)
@@ -132,10 +132,9 @@ def test_any_pieces_are_one_forward_pass(devices):
     mesh = make_mesh(EIGHT if devices == 8 else MeshConfig(), jax.devices()[:devices])
     with jax.set_mesh(mesh):
         params = jax.device_put(params, tree_shardings(abstract_params(config), mesh))
-        for cuts in ([(20, 1), (1, 1), (8, 1)], [(5, 1), (4, 2), (3, 2), (9, 1), (1, 1)]):
-            cache = new_cache(config, CacheSpec(len(LENGTHS), 32, "float32"))
-            found, _ = in_pieces(config, params, tokens, real, cache, cuts)
-            assert_close(found[real], want[real], rtol=0, atol=1e-4, what=str(cuts))
+        cache = new_cache(config, CacheSpec(len(LENGTHS), 32, "float32"))
+        found, _ = in_pieces(config, params, tokens, real, cache, cuts)
+    assert_close(found[real], want[real], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("scaling", [DynamicNTK(2.0, 8, step=4), LONG], ids=lambda s: s.kind)
@@ -211,7 +210,7 @@ def test_rows_that_go_on_from_one_prefix_are_separate_rows(devices):
         found, rows = in_pieces(config, params, tokens[:, rest], real[:, rest], rows, [(4, 2), (1, 10)])
     assert_close(found[real[:, rest]], want[:, rest][real[:, rest]], rtol=0, atol=1e-4)
     assert rows.lengths.tolist() == list(LENGTHS) and prefix.lengths.tolist() == [prefix_length] * 2
-    with pytest.raises(ConfigError, match="batch=3.*go on from 2 each"):
+    with pytest.raises(ConfigError, match=r"batch=3.*go on from 2 each"):
         fork(config, prefix, CacheSpec(3, 20))
 
 
@@ -266,7 +265,9 @@ def test_bytes_of_llama_4_scout(length):
             assert small.scales == scales * small.keys_values  # 2 bytes for 16 numbers
 
 
-@pytest.mark.parametrize("config", [MODELS["all kinds"], MODELS["chunked llama3"], SCOUT], ids=["kinds", "near", "scout"])
+@pytest.mark.parametrize(
+    "config", [MODELS["all kinds"], MODELS["chunked llama3"], SCOUT], ids=["kinds", "near", "scout"]
+)
 @pytest.mark.parametrize(("numbers", "block"), [("float32", None), ("bfloat16", None), ("int8", 4), ("int4", None)])
 def test_the_closed_form_is_what_is_made(config, numbers, block):
     spec = CacheSpec(3, 1_048_576, numbers, block, slack=2)
@@ -283,5 +284,5 @@ def test_devices_hold_their_part_and_only_that():
     assert (far.data.shape, shard(far.data)) == ((1, 2, 2, 64, 8), (1, 2, 1, 16, 8))
     assert (near.data.shape, shard(near.data)) == ((1, 2, 2, 8, 8), (1, 2, 1, 8, 8))
     assert (sliding.data.shape, shard(sliding.scales)) == ((1, 2, 2, 5, 8), (1, 2, 1, 5, 1))
-    with jax.set_mesh(mesh), pytest.raises(ConfigError, match="mesh.context=4.*use 2"):
+    with jax.set_mesh(mesh), pytest.raises(ConfigError, match=r"mesh.context=4.*use 2"):
         new_cache(MODELS["all kinds"], CacheSpec(2, 62))
