@@ -27,7 +27,7 @@ LAYERS = {
     "commands": 9,
 }
 COMMANDS = (
-    "experiment", "stages", "transfer", "export", "verify", "launch", "prepare", "search", "show", "run", "cli",
+    "experiment", "stages", "transfer", "export", "verify", "launch", "prepare", "search", "show", "generate", "run", "cli",
     "__main__",
 )  # fmt: skip
 ONLY = {"study": ("core",)}
