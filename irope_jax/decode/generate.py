@@ -19,6 +19,7 @@ import numpy as np
 from irope_jax.attention.stored import Numbers
 from irope_jax.core.config import ConfigError
 from irope_jax.core.hosts import to_host
+from irope_jax.core.numerics import tree_bytes
 from irope_jax.decode.lookup import Lookup
 from irope_jax.decode.prefill import prefill
 from irope_jax.decode.sampling import Sampling, choose
@@ -88,13 +89,24 @@ class Row:
 
 @dataclass(frozen=True)
 class Speed:
-    """Tokens and seconds of reading and of generating; steps are forward passes of generating."""
+    """What a generator has done so far, and its time on the host's clock, compilation included.
+
+    Attributes:
+      read: tokens of prompts.
+      made: new tokens of all rows.
+      steps: forward passes that made them.
+      cache_bytes: of the caches of the last batch, prefixes included, over all devices.
+    """
 
     read: int = 0
     read_seconds: float = 0.0
     made: int = 0
     made_seconds: float = 0.0
     steps: int = 0
+    cache_bytes: int = 0
+
+    def plus(self, **more: float) -> Speed:
+        return replace(self, **{name: getattr(self, name) + value for name, value in more.items()})
 
 
 @dataclass(frozen=True)
@@ -114,7 +126,7 @@ class Generator:
     """Generates with one model on the mesh in force. What is compiled is shared by all generators of the model.
 
     Attributes:
-      speed: of the last calls of `read` and `generate`.
+      speed: of all calls of `read` and `generate`.
     """
 
     def __init__(self, model: ModelConfig, params: Any, spec: Generation = Generation()):
@@ -139,8 +151,7 @@ class Generator:
         cache = new_cache(self.model, self._cache_spec(len(rows), max(map(len, rows)) + room))
         began = time.perf_counter()
         cache, logits_BV = prefill(self.model, self.params, cache, rows, size=self.spec.piece, progress=progress)
-        count = sum(map(len, rows))
-        self.speed = replace(self.speed, read=count, read_seconds=time.perf_counter() - began)
+        self.speed = self.speed.plus(read=sum(map(len, rows)), read_seconds=time.perf_counter() - began)
         return Prefix(cache, tuple(rows), logits_BV)
 
     def generate(
@@ -186,8 +197,7 @@ class Generator:
             cache, logits_BV = prefill(
                 self.model, self.params, cache, rows, size=self.spec.piece, logits_BV=logits_BV, progress=progress
             )
-            count = sum(map(len, rows))
-            self.speed = replace(self.speed, read=count, read_seconds=time.perf_counter() - began)
+            self.speed = self.speed.plus(read=sum(map(len, rows)), read_seconds=time.perf_counter() - began)
         whole = [np.concatenate([prefix.rows[b // each], row]) for b, row in enumerate(rows)]
         return Prefix(cache, tuple(whole), logits_BV)
 
@@ -206,13 +216,14 @@ class Generator:
     def _go_on(self, cache: KVCache, logits_BV, prompts, on_tokens: OnTokens | None) -> list[Row]:
         spec, count = self.spec, len(prompts)
         rows = [Row(b // spec.samples, b % spec.samples) for b in range(count)]
-        self._began, self._first_seconds = time.perf_counter(), None
+        began = time.perf_counter()
+        self.speed = replace(self.speed, cache_bytes=tree_bytes(cache))
         samples_B = np.asarray([row.sample for row in rows], np.int32)
         first_B = to_host(_first(spec.sampling)(logits_BV, samples_B, cache.lengths))
         done_B = self._take(rows, first_B[:, None], on_tokens)
         steps = (self._guess if spec.guesses else self._one_by_one)(cache, prompts, rows, samples_B, done_B, on_tokens)
         made = sum(len(row.tokens) for row in rows)
-        self.speed = replace(self.speed, made=made, made_seconds=time.perf_counter() - self._began, steps=steps)
+        self.speed = self.speed.plus(made=made, made_seconds=time.perf_counter() - began, steps=steps)
         return rows
 
     def _take(self, rows: list[Row], new_Bn: np.ndarray, on_tokens: OnTokens | None) -> np.ndarray:

@@ -286,6 +286,12 @@ def check_decodable(model: ModelConfig) -> None:
             raise ConfigError(f"{at}.ffn.dispatch.kind", "capacity", fix)
 
 
+def follows_length(model: ModelConfig) -> bool:
+    """Whether frequencies of some layer depend on the length of the document."""
+    inner = [encoding.rotation(layer.position) for layer in model.pattern]
+    return any(one is not None and one.follows_length for one in inner)
+
+
 def for_documents_of(model: ModelConfig, length: int) -> ModelConfig:
     """The model with frequencies that follow the length of the document fixed at those of `length` tokens.
 
