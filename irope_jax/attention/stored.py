@@ -6,11 +6,13 @@ turns the whole cache around for every step. Belongs here: number formats. Which
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import flax.struct
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from irope_jax.core.types import Array
 
@@ -36,8 +38,9 @@ class Stored:
       data: `[R, B, K, S, H]` float32 or int8. Of bfloat16 the bits, uint16: XLA:CPU slices and updates bfloat16 as
         float32 only, and copies all of it for that. Of int4 uint8 `[R, B, K, S, H/2]`: entry `i` in the low half of a
         byte, entry `i + H/2` in the high half.
-      scales: bits of bfloat16 `[R, B, K, S, H/block]`, what the integers of a block are multiplied by; None for floats.
-        A token has its own, so that one more token never touches those that are there.
+      scales: bits of bfloat16 `[R, B, K, H/block, S]`, what the integers of a block are multiplied by; None for floats.
+        A token has its own, so that one more token never touches those that are there. Slots come last, because a TPU
+        fills up an axis of a few numbers to 128.
       numbers: the format.
     """
 
@@ -51,7 +54,7 @@ class Stored:
         *outer, width = shape
         if numbers not in LARGEST:
             return cls(jnp.zeros(shape, jnp.uint16 if numbers == "bfloat16" else jnp.float32), None, numbers)
-        scales = jnp.zeros((*outer, width // block), jnp.uint16)
+        scales = jnp.zeros((*outer[:-1], width // block, outer[-1]), jnp.uint16)
         if numbers == "int4":
             return cls(jnp.zeros((*outer, width // 2), jnp.uint8), scales, numbers)
         return cls(jnp.zeros(shape, jnp.int8), scales, numbers)
@@ -61,10 +64,10 @@ class Stored:
         return self.data.shape[3]
 
     def pack(self, x: Array) -> tuple[Array, Array | None]:
-        """Vectors `[..., H]` in this format: data and scales."""
+        """Vectors `[..., H]` in this format: data, and scales `[..., H/block]`."""
         if self.scales is None:
             return _bits(x) if self.numbers == "bfloat16" else x.astype(self.data.dtype), None
-        most, count = LARGEST[self.numbers], self.scales.shape[-1]
+        most, count = LARGEST[self.numbers], self.scales.shape[3]
         blocks = x.astype(jnp.float32).reshape(*x.shape[:-1], count, -1)
         # Rounded up, so that the largest entry is not beyond the largest integer; then divided by what is kept.
         scales = _bits(jnp.max(jnp.abs(blocks), axis=-1) * ((1 + 2.0**-8) / most))
@@ -93,22 +96,26 @@ class Stored:
     def read(self, repeat: int | Array, start: int | Array, length: int) -> Array:
         """Slots `start … start + length - 1` of one layer, `[B, K, length, H]`."""
 
-        def cut(x):
-            if x.shape[0] == 1 and length == x.shape[3]:
+        def cut(x, axis):
+            if x.shape[0] == 1 and length == x.shape[axis]:
                 return x[0]
-            return lax.dynamic_slice(x, (repeat, 0, 0, start, 0), (1, *x.shape[1:3], length, x.shape[4]))[0]
+            start_of, sizes = [repeat, 0, 0, 0, 0], [1, *x.shape[1:]]
+            start_of[axis], sizes[axis] = start, length
+            # In this order, or XLA:TPU copies all of the cache to the order that it likes for the product.
+            return with_layout_constraint(lax.dynamic_slice(x, start_of, sizes)[0], Layout((0, 1, 2, 3)))
 
-        return self.unpack(cut(self.data), None if self.scales is None else cut(self.scales))
+        scales = None if self.scales is None else jnp.swapaxes(cut(self.scales, 4), -1, -2)
+        return self.unpack(cut(self.data, 3), scales)
 
     def write(self, repeat: int | Array, slot_BT: Array, x_BTKH: Array) -> Stored:
         """The same with vectors put at slots of one layer; those at slots that do not exist are left out."""
         rows = jnp.arange(slot_BT.shape[0])[:, None]
-
-        def put(old, new):
-            return None if old is None else old.at[repeat, rows, :, slot_BT].set(new, mode="drop")
-
+        in_order = lambda x: with_layout_constraint(x, Layout((0, 1, 2, 3, 4)))
         data, scales = self.pack(x_BTKH)
-        return self.replace(data=put(self.data, data), scales=put(self.scales, scales))
+        data = in_order(self.data.at[repeat, rows, :, slot_BT].set(data, mode="drop"))
+        if scales is not None:
+            scales = in_order(self.scales.at[repeat, rows, :, :, slot_BT].set(scales, mode="drop"))
+        return self.replace(data=data, scales=scales)
 
 
 @flax.struct.dataclass
@@ -117,6 +124,14 @@ class KeysValues:
 
     keys: Stored
     values: Stored
+
+    def map(self, of_data: Callable, of_scales: Callable) -> KeysValues:
+        """`of_data` of both arrays of vectors, `of_scales` of their scales if there are any."""
+
+        def each(one: Stored) -> Stored:
+            return one.replace(data=of_data(one.data), scales=None if one.scales is None else of_scales(one.scales))
+
+        return KeysValues(each(self.keys), each(self.values))
 
     def write(self, repeat: int | Array, slot_BT: Array, k_BTKH: Array, v_BTKH: Array) -> KeysValues:
         return KeysValues(self.keys.write(repeat, slot_BT, k_BTKH), self.values.write(repeat, slot_BT, v_BTKH))

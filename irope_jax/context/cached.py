@@ -60,6 +60,11 @@ def stored_axes(mask: MaskSpec) -> tuple[str | None, ...]:
     return ("layers", "batch", "kv_heads", slot_axes(mask)[1], None)
 
 
+def scale_axes(mask: MaskSpec) -> tuple[str | None, ...]:
+    """Logical axes of their scales `[R, B, K, blocks, S]`."""
+    return ("layers", "batch", "kv_heads", None, slot_axes(mask)[1])
+
+
 def _parts() -> tuple[bool, int]:
     """Whether there is one device only, and the parts of the context axis."""
     mesh = jax.sharding.get_abstract_mesh()
@@ -132,16 +137,17 @@ def attend_cached(
     share = length > 1 and length % parts == 0
     near_cut = "length" if share and not is_cut(mask) else None
     out_cut = "length" if share else None
-    kept, coordinates = spec(stored_axes(mask)), spec(slot_axes(mask))
+    lie = lambda kept: kept.map(lambda _: spec(stored_axes(mask)), lambda _: spec(scale_axes(mask)))
+    coordinates = spec(slot_axes(mask))
     by_token, whole = spec(("batch", None)), spec(("batch", None, "kv_heads", None))
     at = Places(coordinates, coordinates, by_token)
     return jax.shard_map(
         partial(_local, parts=parts, share=share, **options),
         in_specs=(
             spec(("batch", near_cut, "heads", None)), whole, whole, spec(("batch", near_cut)), by_token,
-            kept, at, P(spec(("heads",))[0]), P(), tuple((kept, coordinates) for _ in earlier),
+            lie(cache), at, P(spec(("heads",))[0]), P(), tuple((lie(kept), coordinates) for kept, _ in earlier),
         ),
-        out_specs=(spec(("batch", out_cut, "heads", None)), kept),
+        out_specs=(spec(("batch", out_cut, "heads", None)), lie(cache)),
         check_vma=False,
     )(q_BTNH, k_BTKH, v_BTKH, info, info, cache, places, slopes, repeat, earlier)  # fmt: skip
 

@@ -23,7 +23,7 @@ from jax.sharding import AbstractMesh, Mesh
 
 from irope_jax.attention.mask import MaskSpec
 from irope_jax.attention.stored import LARGEST, KeysValues, Numbers, Stored
-from irope_jax.context.cached import Places, place, slot_axes, stored_axes
+from irope_jax.context.cached import Places, place, scale_axes, slot_axes, stored_axes
 from irope_jax.context.strategy import mask_name
 from irope_jax.core.config import ConfigError
 from irope_jax.core.types import PAD_SEGMENT, TokenInfo
@@ -179,15 +179,16 @@ def empty_cache(model: ModelConfig, spec: CacheSpec) -> KVCache:
 
     def stored(mask):
         shape = (repeats, spec.batch, model.num_kv_heads, spec.slots(mask), model.head_dim)
-        box = lambda x: nn.LogicallyPartitioned(x, stored_axes(mask))
-        return jax.tree.map(box, Stored.empty(shape, spec.numbers, spec.shared(model)))
+        empty = lambda: Stored.empty(shape, spec.numbers, spec.shared(model))
+        box = lambda axes: lambda x: nn.LogicallyPartitioned(x, axes)
+        return KeysValues(empty(), empty()).map(box(stored_axes(mask)), box(scale_axes(mask)))
 
     def coordinates(mask):
         box = lambda: nn.LogicallyPartitioned(jnp.zeros((spec.batch, spec.slots(mask)), jnp.int32), slot_axes(mask))
         return TokenInfo(box(), box(), box())
 
     per_row = lambda: nn.LogicallyPartitioned(jnp.zeros(spec.batch, jnp.int32), ("batch",))
-    layers = tuple(KeysValues(stored(layer.mask), stored(layer.mask)) for layer in model.period)
+    layers = tuple(stored(layer.mask) for layer in model.period)
     return KVCache(layers, tuple(map(coordinates, masks)), per_row(), per_row(), masks=masks)
 
 

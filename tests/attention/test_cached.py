@@ -1,5 +1,7 @@
 """Attention to a cache, block by block, against float64; and number formats against what they can hold."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -46,19 +48,9 @@ def test_blocks_are_the_whole(mask, rule, queries, block):
     places = lambda info: np.stack([info.positions, info.segments, info.rows], axis=-1)
     for slopes in (None, SLOPES):
         want, _ = oracle(q, k, v, places(q_info), places(k_info), rule, scale=0.5, slopes=slopes)
-        run = lambda repeat: partial_cached(
-            q,
-            stored(k, 1),
-            stored(v, 1),
-            q_info,
-            k_info,
-            mask,
-            scale=0.5,
-            slopes=slopes,
-            repeat=repeat,
-            block=block,  # noqa: B023
-        )
-        assert_close(finish(jax.jit(run)(1)), want, rtol=0, atol=2e-6)
+        run = jax.jit(partial(partial_cached, mask=mask, scale=0.5, slopes=slopes, block=block))
+        found = finish(run(q, stored(k, 1), stored(v, 1), q_info, k_info, repeat=1))
+        assert_close(found, want, rtol=0, atol=2e-6)
 
 
 def test_an_empty_cache_gives_nothing():

@@ -283,6 +283,7 @@ def test_devices_hold_their_part_and_only_that():
     near, far, sliding = (cache.layers[i].keys for i in (0, 1, 2))
     assert (far.data.shape, shard(far.data)) == ((1, 2, 2, 64, 8), (1, 2, 1, 16, 8))
     assert (near.data.shape, shard(near.data)) == ((1, 2, 2, 8, 8), (1, 2, 1, 8, 8))
-    assert (sliding.data.shape, shard(sliding.scales)) == ((1, 2, 2, 5, 8), (1, 2, 1, 5, 1))
+    assert (sliding.data.shape, shard(sliding.scales)) == ((1, 2, 2, 5, 8), (1, 2, 1, 1, 5))
+    assert shard(far.scales) == (1, 2, 1, 1, 16)
     with jax.set_mesh(mesh), pytest.raises(ConfigError, match=r"mesh.context=4.*use 2"):
         new_cache(MODELS["all kinds"], CacheSpec(2, 62))

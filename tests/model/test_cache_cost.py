@@ -10,6 +10,7 @@ import pytest
 from irope_jax.attention import cached
 from irope_jax.attention.mask import Global
 from irope_jax.core.numerics import tree_bytes
+from irope_jax.core.types import Precision
 from irope_jax.model.cache import CacheSpec, cache_shardings, empty_cache
 from irope_jax.model.config import LayerSpec, ModelConfig, irope_layers
 from irope_jax.model.cost import abstract_params
@@ -19,6 +20,7 @@ from irope_jax.plan.hlo import analyse
 from irope_jax.position.encoding import NoPE
 from irope_jax.sharding.mesh import MeshConfig, make_mesh
 from irope_jax.sharding.rules import tree_shardings
+from tests.topologies import targeting, tpu_mesh
 
 FFN = SwiGLU(16)
 N, K, H, LONG = 4, 2, 64, 262_144
@@ -85,3 +87,18 @@ def test_a_step_reads_the_cache_once(monkeypatch):
     program, cache = compiled_step(config, CacheSpec(1, LONG, "float32"), make_mesh(MeshConfig(), jax.devices()[:1]))
     ratio = program.cost_analysis()["bytes accessed"] / tree_bytes(cache)
     assert ratio < 1.15
+
+
+@pytest.mark.parametrize(("numbers", "share"), [("bfloat16", 0.02), ("int8", 0.08)])
+def test_a_tpu_neither_copies_the_cache_nor_sends_more(numbers, share):
+    """Compiled for four chips at Scout's heads: what the layout of a cache costs is seen only there."""
+    mesh = tpu_mesh("v5p:2x2x1", context=4)
+    config = dataclasses.replace(
+        model(*irope_layers(8192, FFN, qk_norm="rms"), layers=8), num_heads=40, num_kv_heads=8, head_dim=128,
+        precision=Precision("bfloat16", "bfloat16"),
+    )  # fmt: skip
+    with targeting(mesh):
+        program, cache = compiled_step(config, CacheSpec(1, 4 * LONG, numbers), mesh)
+    here = tree_bytes(cache) / 4
+    assert program.memory_analysis().temp_size_in_bytes < share * here
+    assert analyse(program.as_text()).collective_bytes == {"all-reduce": 2 * 2 * 3 / 4 * 40 * (128 + 2) * 4}
