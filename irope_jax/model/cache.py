@@ -44,8 +44,9 @@ class CacheSpec:
       batch: rows; each holds one document of its own length.
       capacity: tokens of a row that global layers keep; a multiple of `mesh.context`.
       numbers: format of keys and values. Integers have a scale per token, head and block.
-      block: entries of a head that share a scale of 2 bytes; None means 16, or as many as divide the head. At 16 the
-        logits of SmolLM2-135M are wrong by 0.46 % in int8 (root mean square), at 64 by 0.80 %.
+      block: entries of a head that share a scale of 2 bytes; None means 16, or as many as divide the head. Keys of
+        trained models have a few large entries: the logits of SmolLM2-135M are wrong by 0.87 % in int8 at 16 and by
+        1.48 % at 64, by 0.32 % in bfloat16 (root mean square; `scripts/check_cache.py`).
       slack: slots of local layers beyond their reach: so many of the last tokens may be taken back (`rewound`).
     """
 
@@ -100,6 +101,7 @@ class KVCache:
       prefix: a cache that was filled before and is only read; its batch divides B, and row b goes on from row
         `b // (B / its batch)`.
       masks: the different masks of the period.
+      room: tokens of a row; None where every layer forgets, and has the slots for all that it does not.
     """
 
     layers: tuple[KeysValues, ...]
@@ -108,12 +110,12 @@ class KVCache:
     first: jax.Array
     prefix: KVCache | None = None
     masks: tuple[MaskSpec, ...] = flax.struct.field(pytree_node=False, default=())
+    room: int | None = flax.struct.field(pytree_node=False, default=None)
 
     @property
     def capacity(self) -> int:
         """Tokens of a row that there is room for; those of `prefix` are not counted."""
-        found = [info.shape[1] for mask, info in zip(self.masks, self.coordinates) if mask.reach is None]
-        return found[0] if found else jnp.iinfo(jnp.int32).max
+        return jnp.iinfo(jnp.int32).max if self.room is None else self.room
 
     def before(self) -> tuple[KVCache, ...]:
         """Prefix, its prefix …"""
@@ -189,7 +191,9 @@ def empty_cache(model: ModelConfig, spec: CacheSpec) -> KVCache:
 
     per_row = lambda: nn.LogicallyPartitioned(jnp.zeros(spec.batch, jnp.int32), ("batch",))
     layers = tuple(stored(layer.mask) for layer in model.period)
-    return KVCache(layers, tuple(map(coordinates, masks)), per_row(), per_row(), masks=masks)
+    short = any(spec.slots(mask) == spec.capacity for mask in masks)
+    room = spec.capacity if short else None
+    return KVCache(layers, tuple(map(coordinates, masks)), per_row(), per_row(), masks=masks, room=room)
 
 
 def cache_shardings(model: ModelConfig, spec: CacheSpec, mesh: Mesh | AbstractMesh) -> KVCache:
