@@ -6,11 +6,13 @@ turns the whole cache around for every step. Belongs here: number formats. Which
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Literal
 
 import flax.struct
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.experimental.layout import Layout, with_layout_constraint
 
@@ -28,6 +30,15 @@ def _bits(x: Array) -> Array:
 
 def _of_bits(x: Array) -> Array:
     return lax.bitcast_convert_type(x, jnp.bfloat16)
+
+
+@functools.cache
+def _hadamard(width: int) -> np.ndarray:
+    """Orthogonal, float32 `[width, width]`, for a power of two: Sylvester's construction."""
+    matrix = np.ones((1, 1), np.float32)
+    while len(matrix) < width:
+        matrix = np.block([[matrix, matrix], [matrix, -matrix]]) / np.float32(np.sqrt(2))
+    return matrix
 
 
 @flax.struct.dataclass
@@ -62,6 +73,19 @@ class Stored:
     @property
     def slots(self) -> int:
         return self.data.shape[3]
+
+    def spread(self, x: Array) -> Array:
+        """Queries or keys `[..., H]` as they meet in this format: for integers turned, float32; floats as they are.
+
+        Keys of trained models have a few large entries, to which the others of a block lose their digits. A Hadamard
+        matrix, over the largest power of two that divides H, shares them out, and leaves products of queries and keys
+        as they are (QuaRot, arXiv 2404.00456).
+        """
+        if self.scales is None:
+            return x
+        width = x.shape[-1] & -x.shape[-1]
+        parts = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, width)
+        return jnp.matmul(parts, _hadamard(width), precision="highest").reshape(x.shape)
 
     def pack(self, x: Array) -> tuple[Array, Array | None]:
         """Vectors `[..., H]` in this format: data, and scales `[..., H/block]`."""
@@ -120,7 +144,7 @@ class Stored:
 
 @flax.struct.dataclass
 class KeysValues:
-    """Keys, already rotated, and values of layers."""
+    """Keys, already turned by their positions and `spread`, and values of layers."""
 
     keys: Stored
     values: Stored

@@ -161,6 +161,7 @@ def _local(
     cut = is_cut(mask)
     slot_BT = _here(places.slot, cache.keys.slots, parts if cut else 1)
     found = [_shared(q_BTNH, q_info, kept, there, mask, repeat, options) for kept, there in earlier]
+    dtype, q_BTNH, k_BTKH = q_BTNH.dtype, cache.keys.spread(q_BTNH), cache.keys.spread(k_BTKH)
     attend = lambda cache, there: partial_cached(
         q_BTNH, cache.keys, cache.values, q_info, there, mask, repeat=repeat, **options
     )
@@ -181,7 +182,7 @@ def _local(
     whole = reduce(merge, found)
     if cut and parts > 1:
         whole = _merge_shares(whole) if share else merge_across(whole, AXIS)
-    return finish(whole, q_BTNH.dtype), cache
+    return finish(whole, dtype), cache
 
 
 def _never(part: Partial) -> Array:
@@ -195,6 +196,7 @@ def _shared(q_BTNH, q_info, cache, k_info, mask, repeat, options) -> Partial:
     rows = k_info.shape[0]
     together = lambda x: x.reshape(rows, -1, *x.shape[2:])
     info = TokenInfo(together(q_info.positions), together(q_info.segments), together(q_info.rows))
+    q_BTNH = cache.keys.spread(q_BTNH)
     found = partial_cached(together(q_BTNH), cache.keys, cache.values, info, k_info, mask, repeat=repeat, **options)
     return jax.tree.map(lambda x: x.reshape(*q_BTNH.shape[:2], *x.shape[2:]), found)
 

@@ -77,3 +77,13 @@ def test_tokens_without_a_slot_are_left_out():
     kept = Stored.empty((R, B, K, 4, H), "bfloat16", H).write(1, jnp.array([[0, 4, 2], [4, 4, 4]]), x)
     held = np.asarray(kept.read(1, 0, 4))[:, :, :, 0]
     assert held[:, 0].tolist() == [[1, 0, 1, 0], [0, 0, 0, 0]] and not np.any(kept.read(0, 0, 4))
+
+
+@pytest.mark.parametrize("width", [8, 12, 5])
+def test_spreading_shares_out_large_entries_and_leaves_products(width):
+    q, k = np.random.default_rng(0).normal(size=(2, 3, width)).astype(np.float32)
+    k[0] = np.eye(width, dtype=np.float32)[-1]
+    spread = Stored.empty((1, 1, 1, 1, width), "int8", width).spread
+    assert_close(spread(q) @ spread(k).T, q @ k.T)
+    assert np.abs(spread(k)[0]).max() == pytest.approx((width & -width) ** -0.5)
+    assert Stored.empty((1, 1, 1, 1, width), "bfloat16", width).spread(k) is k
