@@ -15,6 +15,7 @@ from typing import NoReturn
 
 from irope_jax import __version__
 from irope_jax.core.config import ConfigError, nearest
+from irope_jax.generate_flags import add_generate
 
 DESCRIPTION = """\
 Train, extend, measure and compare long-context language models (iRoPE and its rivals) in JAX.
@@ -28,6 +29,7 @@ A run is a config file; every value of it can be changed on the command line:
                                                               four processes here, started again if one dies
   irope prepare texts/ --tokenizer=tokenizer.json --out=shards  text, JSONL or parquet as token shards to train on
   irope eval   runs/debug                                     evaluate its newest checkpoint
+  irope generate --checkpoint=runs/debug --prompt='It was '   what it writes on
   irope report runs/debug runs/deep                           tables and pictures of several runs on one page
   irope import model.gguf runs/model                          a Hugging Face or GGUF model as a run directory
   irope export runs/model exported/model                      a run as a Hugging Face folder, or a GGUF file
@@ -193,6 +195,8 @@ examples:
     evaluate.add_argument("--only", metavar="NAME", action="append", help="run only this evaluation; may be repeated")
     _add_hosts(evaluate)
 
+    add_generate(verb)
+
     report = verb(
         "report",
         "tables and pictures of runs",
@@ -304,13 +308,15 @@ Killed and started again with the same command, it goes on from scores.jsonl and
 Print every value of a resolved config in the form that changes it, the layers as a drawing, parameters by part, and
 where it all lies: each parameter with the mesh axes that cut it and its bytes on a device, the totals of parameters,
 optimizer state and gradients, and, where the mesh cuts the sequence, what each layer's attention sends.
-Nothing is trained, no data is read and nothing is allocated: devices may be described that are not here.
+Nothing is trained, no data is read and nothing is allocated: devices may be described that are not here. --decode adds
+the bytes of a KV cache.
 
 examples:
   irope show --config=configs/quickstart.py:irope
   irope show --config=configs/debug.py --config.model.num_layers=8
   irope show --config=configs/debug.py --devices=64 --config.mesh.fsdp=8 --config.mesh.tensor=2
   irope show --config=runs/debug/config.json
+  irope show --config=configs/llama4_scout.py --decode=1048576
 """,
         CONFIG_HELP,
     )
@@ -320,6 +326,9 @@ examples:
         type=int,
         metavar="N",
         help="lay it out on N devices (default: as many as the mesh takes, or those present if an axis is -1)",
+    )
+    show.add_argument(
+        "--decode", type=int, metavar="LENGTH", help="also what the cache of a row of so many tokens takes, by layer"
     )
     return parser, verbs.choices
 

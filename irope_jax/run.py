@@ -27,6 +27,7 @@ from irope_jax.core.records import ConfigChangedError, NullWriter, RecordError, 
 from irope_jax.evals.registry import EvalSpec, build_evaluators
 from irope_jax.experiment import check_devices, load_config, resolve, run_config
 from irope_jax.export import export_verb
+from irope_jax.generate import generate_verb
 from irope_jax.model.config import draw_layers
 from irope_jax.position.longrope_search import SearchError
 from irope_jax.prepare import prepare_verb
@@ -229,6 +230,7 @@ VERBS = {
     "train": train_verb,
     "eval": eval_verb,
     "export": export_verb,
+    "generate": generate_verb,
     "import": import_verb,
     "prepare": prepare_verb,
     "report": report_verb,

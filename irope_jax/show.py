@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
@@ -18,6 +19,15 @@ from irope_jax.context.strategy import CallShape, Promises, decide, megabytes
 from irope_jax.core.config import ConfigError, fingerprint, to_dict
 from irope_jax.core.hosts import avoid_absent_tpu
 from irope_jax.experiment import Experiment, check_devices, load_config, resolve
+from irope_jax.model.cache import (
+    CacheSpec,
+    cache_bytes,
+    cache_shardings,
+    empty_cache,
+    fitting_capacity,
+    for_documents_of,
+    row_bytes,
+)
 from irope_jax.model.config import ModelConfig, draw_layers
 from irope_jax.model.cost import active_parameters, parameter_counts, train_flops_per_token
 from irope_jax.model.kept import layer_memory, share
@@ -57,6 +67,8 @@ def show_verb(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> int
             raise
         lines = [f"does not fit {_devices(count)}: {error}", "see it on another number of devices with --devices=N"]
     print("\n" + "\n".join(lines))
+    if args.decode is not None:
+        print("\n" + "\n".join(cache_lines(experiment, count, args.decode)))
     return 0
 
 
@@ -142,6 +154,39 @@ def kept_lines(experiment: Experiment, device_count: int) -> list[str]:
     title = f"kept for the backward pass of a layer, {of} on a device, remat {remat}"
     words = [f"{total:,} bytes on the {where} ({megabytes(total)})" for where, total in totals.items() if total]
     return ["", title, *_columns(rows, "lllrl"), f"  all {model.num_layers} layers: {' and '.join(words) or 'nothing'}"]
+
+
+def cache_lines(experiment: Experiment, device_count: int, length: int) -> list[str]:
+    """What a KV cache for rows of `length` tokens takes, by kind of layer, then in each format.
+
+    Raises:
+      ConfigError: no length, or a model that cannot be decoded.
+    """
+    if length < 1:
+        raise ConfigError("--decode", length, "tokens of a row; use 1 or more")
+    model, mesh = for_documents_of(experiment.model, length), experiment.mesh.fill(device_count)
+    spec = lambda numbers, rows=1: CacheSpec(rows, fitting_capacity(length, mesh.context), numbers)
+    title = f"KV cache of a row of {length:,} tokens, bfloat16"
+    table = [("layers", "how many", "slots", "keys and values", "", "coordinates")]
+    for kind in cache_bytes(model, spec("bfloat16")):
+        sizes = (f"{kind.keys_values:,}", _gib(kind.keys_values), f"{kind.coordinates:,}")
+        table.append((kind.name, f"{kind.layers:,}", f"{kind.slots:,}", *sizes))
+    totals = [("numbers", "keys and values", "", "scales", "in all", "on a device")]
+    for numbers in ("float32", "bfloat16", "int8", "int4"):
+        kinds = cache_bytes(model, spec(numbers))
+        vectors, scales = sum(kind.keys_values for kind in kinds), sum(kind.scales for kind in kinds)
+        whole = sum(kind.total for kind in kinds) + row_bytes(spec(numbers))
+        each = spec(numbers, mesh.batch_parts)  # a row for each part of the batch, so one on a device
+        made = nn.meta.unbox(jax.eval_shape(lambda: empty_cache(model, each)))  # noqa: B023
+        shardings = cache_shardings(model, each, abstract_mesh(mesh))
+        leaves = zip(jax.tree.leaves(made), jax.tree.leaves(shardings), strict=True)
+        here = sum(_bytes_here(leaf.shape, leaf.dtype, sharding) for leaf, sharding in leaves)
+        totals.append((numbers, f"{vectors:,}", _gib(vectors), f"{scales:,}", f"{whole:,}", f"{here:,}"))
+    return [title, *_columns(table, "lrrrrr"), "", *_columns(totals, "lrrrrr")]
+
+
+def _gib(count: int) -> str:
+    return f"{count / 2**30:,.3f} GiB"
 
 
 def _devices_asked_for(mesh: MeshConfig) -> int:

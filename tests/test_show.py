@@ -11,6 +11,8 @@ import pytest
 
 from irope_jax import cli, show
 from irope_jax.core.config import ConfigError
+from irope_jax.core.numerics import tree_bytes
+from irope_jax.model.cache import CacheSpec, new_cache
 from irope_jax.sharding.mesh import make_mesh
 from irope_jax.train.optimizer import make_optimizer
 from irope_jax.train.state import init_state
@@ -179,3 +181,21 @@ def test_the_two_of_llama_4_have_their_sizes(name, total, active, tensors, capfd
     assert number(told["total"].split()[-1]) == total
     assert number(told["for"].split()[-1]) == active
     assert f"{tensors} tensors, named as in llama4_text" in told["in"]
+
+
+def test_the_cache_that_is_shown_is_the_one_that_is_made(capsys):
+    """Of `--decode`: every byte of a cache of the tiny model on two devices that share the text."""
+    experiment = tiny.experiment(("mesh.data", "1"), ("mesh.context", "2"))
+    lines = show.cache_lines(experiment, 2, 99)
+    with jax.set_mesh(make_mesh(experiment.mesh, jax.devices()[:2])):
+        for numbers in ("float32", "bfloat16", "int8", "int4"):
+            cache = new_cache(experiment.model, CacheSpec(1, 100, numbers))
+            here = sum(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(cache))
+            (line,) = (line.split() for line in lines if line.strip().startswith(numbers))
+            assert [int(cell.replace(",", "")) for cell in line[-2:]] == [tree_bytes(cache), here]
+    near, far = (line.split() for line in lines[2:4])
+    assert near[:4] == ["chunked", "8", "1", "8"] and far[:3] == ["global", "1", "100"]
+    scout = Path(__file__).parent.parent / "configs" / "llama4_scout.py"
+    assert cli.main(["show", f"--config={scout}", "--decode=1048576"]) == 0
+    said = capsys.readouterr().out
+    assert "1.125 GiB" in said and "48.000 GiB" in said and "49.125 GiB" in said

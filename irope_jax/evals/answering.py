@@ -1,4 +1,4 @@
-"""Who answers: what an evaluation that needs generated text asks of a decoder, and a slow one that needs no cache."""
+"""Who answers: what an evaluation that needs generated text asks, by decoding, or by forward passes without a cache."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from irope_jax.attention.stored import Numbers
 from irope_jax.data.documents import Document
 from irope_jax.data.packing import batch_of
 from irope_jax.data.tokenizer import TokenizerSpec
+from irope_jax.decode.generate import Generation, Generator
 from irope_jax.evals.forward import Scorer
 from irope_jax.model.config import ModelConfig
 from irope_jax.sharding.rules import token_parts
@@ -41,6 +43,31 @@ class Answering:
 
     of: Callable[[Any], Answerer]
     name: str
+
+
+def by_decoding(model: ModelConfig, numbers: Numbers = "bfloat16", piece: int = 2048) -> Answering:
+    """Greedy, with a KV cache.
+
+    Args:
+      model: whose weights will come.
+      numbers: format of the cache.
+      piece: tokens of a prompt that are read at a time.
+    """
+    return Answering(lambda params: _ByDecoding(model, params, numbers, piece), f"greedy, {numbers} cache")
+
+
+class _ByDecoding:
+    def __init__(self, model: ModelConfig, params: Any, numbers: Numbers, piece: int):
+        self._model, self._params, self._numbers, self._piece = model, params, numbers, piece
+
+    def answer(self, prompts, max_new_tokens, stop):
+        parts, _ = token_parts()  # of the mesh in force, that a batch is cut into
+        rows = [np.asarray(prompt, np.int32) for prompt in prompts]
+        rows += [rows[-1]] * (-len(rows) % parts)
+        spec = Generation(
+            tokens=max_new_tokens, stop_tokens=tuple(stop), numbers=self._numbers, piece=min(self._piece, len(rows[0]))
+        )
+        return [row.tokens for row in Generator(self._model, self._params, spec).generate(rows)[: len(prompts)]]
 
 
 def by_forward(model: ModelConfig, tokenizer: TokenizerSpec, multiple: int = 256) -> Answering:

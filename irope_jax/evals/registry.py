@@ -43,7 +43,7 @@ def build_evaluators(
     Args:
       specs: what to measure.
       model, tokenizer: of what.
-      answering: how text is generated where an evaluation needs it; None is by a forward pass for each token.
+      answering: how text is generated where an evaluation needs it; None leaves it to the spec.
       directory: where evaluations that may be cut short keep what they have finished; None keeps nothing.
     """
     return [

@@ -15,6 +15,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 import irope_jax
+from irope_jax.attention.stored import Numbers
 from irope_jax.core.config import ConfigError, fingerprint, to_dict
 from irope_jax.core.hosts import is_main_process
 from irope_jax.core.progress import ProgressBar
@@ -22,7 +23,7 @@ from irope_jax.data.text_tasks.registry import Ruler, TextTaskSpec
 from irope_jax.data.text_tasks.sample import TextSample, TextTask
 from irope_jax.data.tokenizer import TokenizerSpec
 from irope_jax.evals.answer_metrics import METRICS, cleaned
-from irope_jax.evals.answering import Answerer, Answering, by_forward
+from irope_jax.evals.answering import Answerer, Answering, by_decoding, by_forward
 from irope_jax.evals.cells import Cells, weights_mark
 from irope_jax.evals.evaluator import Measurement
 from irope_jax.evals.perplexity import check_lengths
@@ -49,6 +50,8 @@ class TextTasks:
       seed: of the questions; a cell's do not depend on the other cells.
       prompts_at_once: prompts answered together.
       threshold: of the effective length.
+      cache: number format of the KV cache that answers are decoded with; None takes a whole forward pass for each
+        token, which is right for models that cannot be decoded, and slow.
     """
 
     kind: ClassVar[str] = "text_tasks"
@@ -60,6 +63,7 @@ class TextTasks:
     seed: int = 1
     prompts_at_once: int = 4
     threshold: float = RULER_THRESHOLD
+    cache: Numbers | None = "bfloat16"
 
     def __post_init__(self):
         check_lengths(self.lengths)
@@ -87,8 +91,11 @@ class TextTasks:
         answering: Answering | None = None,
         directory: Path | None = None,
     ) -> TextTasksEvaluator:
-        """See `TextTasksEvaluator`; without a way of answering, by a forward pass for each token."""
-        return TextTasksEvaluator(self, model, tokenizer, answering or by_forward(model, tokenizer), directory)
+        """See `TextTasksEvaluator`; without a way of answering, as `cache` says."""
+        if answering is None:
+            decodes = self.cache is not None
+            answering = by_decoding(model, self.cache) if decodes else by_forward(model, tokenizer)
+        return TextTasksEvaluator(self, model, tokenizer, answering, directory)
 
 
 class TextTasksEvaluator:

@@ -9,9 +9,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from irope_jax.attention.stored import KeysValues
 from irope_jax.core.config import ConfigError
 from irope_jax.core.types import TokenInfo
 from irope_jax.model import remat
+from irope_jax.model.cache import KVCache, LayerCache, Reading, begin, layer_cache
 from irope_jax.model.config import LayerSpec, ModelConfig
 from irope_jax.model.feed_forward import FeedForward
 from irope_jax.model.layers import Norm
@@ -34,10 +36,20 @@ class DecoderLayer(nn.Module):
     layer: LayerSpec
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, info: TokenInfo, turns: Turns | None = None) -> jax.Array:
+    def __call__(
+        self, x_BTD: jax.Array, info: TokenInfo, turns: Turns | None = None, cache: LayerCache | None = None
+    ) -> jax.Array | tuple[jax.Array, KeysValues]:
+        """Hidden states; with a cache, also its keys and values with those of these tokens."""
+        kept = []
+
+        def attention(x_BTD):
+            out_BTD, mine = self_attention(x_BTD, info, turns, cache)
+            kept.append(mine)
+            return out_BTD
+
         cfg, ffn = self.config, self.layer.ffn
         norm = lambda name: Norm(cfg.norm, cfg.norm_eps, cfg.precision, name=name)
-        attention = SelfAttention(cfg, self.layer, name="attention")
+        self_attention = SelfAttention(cfg, self.layer, name="attention")
         options = dict(precision=cfg.precision, init_std=cfg.init_std, out_std=cfg.residual_std, name="feed_forward")
         if isinstance(ffn, MoE):
             mixture = MixtureOfExperts(ffn, **options)
@@ -49,14 +61,15 @@ class DecoderLayer(nn.Module):
         match cfg.block:
             case "pre_norm":
                 normed_BTD = named(norm("attention_norm")(x_BTD), "attention_input")
-                x_BTD = named(x_BTD + attention(normed_BTD, info, turns), "after_attention")
-                return x_BTD + feed_forward(named(norm("feed_forward_norm")(x_BTD), "feed_forward_input"))
+                x_BTD = named(x_BTD + attention(normed_BTD), "after_attention")
+                x_BTD = x_BTD + feed_forward(named(norm("feed_forward_norm")(x_BTD), "feed_forward_input"))
             case "post_norm":
-                x_BTD = named(x_BTD + norm("attention_norm")(attention(x_BTD, info, turns)), "after_attention")
-                return x_BTD + norm("feed_forward_norm")(feed_forward(x_BTD))
+                x_BTD = named(x_BTD + norm("attention_norm")(attention(x_BTD)), "after_attention")
+                x_BTD = x_BTD + norm("feed_forward_norm")(feed_forward(x_BTD))
             case "parallel":
                 normed_BTD = named(norm("attention_norm")(x_BTD), "attention_input")
-                return x_BTD + attention(normed_BTD, info, turns) + feed_forward(normed_BTD)
+                x_BTD = x_BTD + attention(normed_BTD) + feed_forward(normed_BTD)
+        return x_BTD if cache is None else (x_BTD, kept[0])
 
 
 def checkpointed_layer(config: ModelConfig) -> type[DecoderLayer]:
@@ -71,11 +84,25 @@ class Period(nn.Module):
     config: ModelConfig
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, info: TokenInfo, turns: PeriodTurns = None) -> tuple[jax.Array, None]:
-        cfg, cls = self.config, checkpointed_layer(self.config)
+    def __call__(
+        self, carry: Any, info: TokenInfo, turns: PeriodTurns = None, reading: Reading | None = None
+    ) -> tuple[Any, None]:
+        """`carry` is `x_BTD`; with a cache `(x_BTD, its layers, number of the repeat)`.
+
+        The cache is carried and not scanned over: each repeat writes its tokens where they belong and copies nothing.
+        """
+        cfg, turns = self.config, turns or [None] * len(self.config.period)
+        if reading is None:
+            cls = checkpointed_layer(self.config)
+            for i, layer in enumerate(cfg.period):
+                carry = cls(cfg, layer, name=f"layer_{i}")(carry, info, turns[i])
+            return carry, None
+        x_BTD, kept, repeat = carry
+        kept = list(kept)
         for i, layer in enumerate(cfg.period):
-            x_BTD = cls(cfg, layer, name=f"layer_{i}")(x_BTD, info, turns[i] if turns else None)
-        return x_BTD, None
+            cache = layer_cache(kept[i], repeat, reading, i, layer.mask)
+            x_BTD, kept[i] = DecoderLayer(cfg, layer, name=f"layer_{i}")(x_BTD, info, turns[i], cache)
+        return (x_BTD, tuple(kept), repeat + 1), None
 
 
 class Decoder(nn.Module):
@@ -122,12 +149,16 @@ class Decoder(nn.Module):
         self.periods = scanned(cfg)
         self.final_norm = Norm(cfg.norm, cfg.norm_eps, cfg.precision)
 
-    def __call__(self, tokens_BT: jax.Array, info: TokenInfo, turns: PeriodTurns = None) -> jax.Array:
+    def __call__(
+        self, tokens_BT: jax.Array, info: TokenInfo, turns: PeriodTurns = None, cache: KVCache | None = None
+    ) -> jax.Array | tuple[jax.Array, KVCache]:
         """Hidden states `[B, T, D]` after the final norm, times `logit_scale`, in the compute type.
 
         Args:
           tokens_BT, info: tokens and where they are.
           turns: per layer of the period, frequencies to turn by instead of the layer's own, or None.
+          cache: of the tokens before (`KVCache.next_info` gives coordinates that go on); then the cache with these
+            comes back too. A row that has no room for them gets NaN.
         """
         compute = jnp.dtype(self.config.precision.compute)
         x_BTD = look_up(self.embedding, tokens_BT, compute)
@@ -139,7 +170,16 @@ class Decoder(nn.Module):
                     fix = f"a row has {tokens_BT.shape[1]} positions, for which nothing was learned; use shorter rows"
                     raise ConfigError("model.position_embedding.size", size, fix)
                 x_BTD = x_BTD + look_up(self.position_table, info.positions, compute)
-        x_BTD, _ = self.periods(x_BTD, info, turns)
+        if cache is None:
+            x_BTD, _ = self.periods(x_BTD, info, turns)
+            return self._finish(x_BTD)
+        cache, reading = begin(cache, info)
+        start = (x_BTD, cache.layers, jnp.zeros((), jnp.int32))
+        (x_BTD, layers, _), _ = self.periods(start, info, turns, reading)
+        x_BTD = jnp.where(reading.full[:, None, None], jnp.nan, self._finish(x_BTD))
+        return x_BTD, cache.replace(layers=layers)
+
+    def _finish(self, x_BTD: jax.Array) -> jax.Array:
         x_BTD = self.final_norm(x_BTD)
         return x_BTD if self.config.logit_scale == 1 else x_BTD * self.config.logit_scale
 
@@ -186,6 +226,16 @@ def hidden_states(
     decoder = Decoder(config)
     variables = {"params": params}
     return decoder.apply(variables, tokens_BT, info, turns), decoder.apply(variables, method="head_matrix")
+
+
+def cached_hidden_states(
+    config: ModelConfig, params: Any, tokens_BT: jax.Array, info: TokenInfo, cache: KVCache
+) -> tuple[jax.Array, jax.Array, KVCache]:
+    """`(hidden_BTD, w_DV, cache)`: tokens that follow those of the cache."""
+    decoder = Decoder(config)
+    variables = {"params": params}
+    hidden_BTD, cache = decoder.apply(variables, tokens_BT, info, cache=cache)
+    return hidden_BTD, decoder.apply(variables, method="head_matrix"), cache
 
 
 def routed_hidden_states(

@@ -25,7 +25,7 @@ from irope_jax.model.feed_forward import FeedForward, SwiGLU
 from irope_jax.model.grouped import grouped_dot, permute
 from irope_jax.model.remat import named
 from irope_jax.model.routing import Balance, RouterSpec, Routing, SigmoidRouter, route, router_sums
-from irope_jax.sharding.rules import spec
+from irope_jax.sharding.rules import length_axis, spec
 
 log = logging.getLogger(__name__)
 
@@ -181,10 +181,12 @@ def mixture(
         run = partial(_on_device, cfg, group=group, parts=1, exchange="weights")
         return run(x_BTD, chosen_BTk, routing.score, weights)
     sizes = dict(mesh.shape)
-    tokens = x_BTD.shape[0] * x_BTD.shape[1] // (sizes["data"] * sizes["fsdp"] * sizes["expert"] * sizes["context"])
+    places = length_axis(x_BTD.shape[1])
+    tokens = x_BTD.shape[0] * x_BTD.shape[1] // (sizes["data"] * sizes["fsdp"] * sizes["expert"])
+    tokens = tokens // sizes["context"] if places else tokens
     exchange = _exchange(cfg, tokens, sizes["expert"])
     local = partial(_local, cfg, group=group, parts=sizes["expert"], exchange=exchange)
-    by_token = spec(("batch", "length", None))
+    by_token = spec(("batch", places, None))
     in_out, out_in = spec(("expert", "embed", "mlp")), spec(("expert", "mlp", "embed"))
     return jax.shard_map(
         local,

@@ -11,9 +11,12 @@ import jax.numpy as jnp
 
 from irope_jax.attention.mask import Chunked, Global, Sliding, phase_positions, visible_keys
 from irope_jax.attention.parts import KeySet, attend_parts
+from irope_jax.attention.stored import KeysValues
 from irope_jax.context.api import attend_sharded
+from irope_jax.context.cached import attend_cached
 from irope_jax.core.config import ConfigError
 from irope_jax.core.types import TokenInfo
+from irope_jax.model.cache import LayerCache
 from irope_jax.model.config import LayerSpec, ModelConfig
 from irope_jax.model.layers import project, rms_normalise
 from irope_jax.model.remat import named
@@ -34,10 +37,13 @@ class SelfAttention(nn.Module):
     layer: LayerSpec
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, info: TokenInfo, turns: Turns | None = None) -> jax.Array:
+    def __call__(
+        self, x_BTD: jax.Array, info: TokenInfo, turns: Turns | None = None, cache: LayerCache | None = None
+    ) -> tuple[jax.Array, KeysValues | None]:
         """Hidden states `[B, T, D]` to the layer's contribution to the residual stream `[B, T, D]`.
 
-        `turns` are frequencies instead of those that the spec of the layer computes.
+        `turns` are frequencies instead of those that the spec of the layer computes. With a cache, attention goes to
+        the tokens before too; its keys and values come back with those of these tokens.
         """
         cfg, layer = self.config, self.layer
         params, compute = jnp.dtype(cfg.precision.params), jnp.dtype(cfg.precision.compute)
@@ -97,23 +103,32 @@ class SelfAttention(nn.Module):
         # A magnitude that a RoPE scaling asks for goes into the scale: in cos and sin, qk-norm would cancel it.
         scale = cfg.head_dim**-0.5 * encoding.logit_factor(layer.position, cfg.head_dim)
         plain = info.replace(offsets=None, spreads=None)  # who sees whom does not depend on them
-        parts = encoding.encode_parts(layer.position, q_BTNH, k_BTKH, info, turns=turns)
+        parts, kept = encoding.encode_parts(layer.position, q_BTNH, k_BTKH, info, turns=turns), None
         if parts is not None:
             out_BTNH = _in_parts([(*finish(q, k), part) for q, k, part in parts], v_BTKH, scale, cfg.attention)
         else:
             relative = encoding.is_relative(layer.position)
             at_BT = phase_positions(layer.mask, info) if relative else info.positions
             reach = layer.mask.size if isinstance(layer.mask, Chunked) else None
+            reach = cache.longest if reach is None and cache is not None else reach
             encoded = encoding.encode(layer.position, q_BTNH, k_BTKH, info, at_BT, turns=turns, longest=reach)
             q_BTNH, k_BTKH = finish(*encoded)
             slopes_N = encoding.slopes(layer.position, cfg.num_heads)
             with jax.named_scope("attend"):
-                out_BTNH = attend_sharded(
-                    q_BTNH, k_BTKH, v_BTKH, plain, plain, layer.mask,
-                    scale=scale, slopes=slopes_N, impl=cfg.attention, context=cfg.context,
-                )  # fmt: skip
+                if cache is None:
+                    out_BTNH = attend_sharded(
+                        q_BTNH, k_BTKH, v_BTKH, plain, plain, layer.mask,
+                        scale=scale, slopes=slopes_N, impl=cfg.attention, context=cfg.context,
+                    )  # fmt: skip
+                else:
+                    out_BTNH, kept = attend_cached(
+                        q_BTNH, k_BTKH, v_BTKH, plain, cache.kept, cache.places, layer.mask, scale=scale,
+                        slopes=slopes_N, impl=cfg.attention, repeat=cache.repeat, earlier=cache.earlier,
+                    )  # fmt: skip
         out_BTD = project(out_BTNH, w_o_NHD, 2)
-        return out_BTD + bias("out_bias", ("features",), (cfg.d_model,)) if cfg.attention_bias == "all" else out_BTD
+        if cfg.attention_bias == "all":
+            out_BTD = out_BTD + bias("out_bias", ("features",), (cfg.d_model,))
+        return out_BTD, kept
 
 
 def _in_parts(parts: list, v_BTKH: jax.Array, scale: float, impl: str | None) -> jax.Array:

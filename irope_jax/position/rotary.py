@@ -19,7 +19,7 @@ from irope_jax.core.types import Array, TokenInfo
 from irope_jax.position import rope
 from irope_jax.position.documents import document_lengths
 from irope_jax.position.rope import Blur, Frequencies, Pairing, Turns
-from irope_jax.position.scaling import DynamicNTK, LongRoPE, RopeScaling, Unscaled
+from irope_jax.position.scaling import AtLength, DynamicNTK, LongRoPE, RopeScaling, Unscaled
 
 
 @flax.struct.dataclass
@@ -93,7 +93,11 @@ class RoPE:
     @property
     def relative(self) -> bool:
         """Whether scores depend on distances alone, so that positions may be counted from anywhere."""
-        return not (isinstance(self.scaling, LongRoPE) and self.scaling.first_tokens > 0)
+        return getattr(self.scaling, "first_tokens", 0) == 0
+
+    def at_length(self, length: int) -> RoPE:
+        """The rotation of documents of `length` tokens, for any."""
+        return dataclasses.replace(self, scaling=AtLength(self.scaling, length)) if self.follows_length else self
 
     def frequencies(self, head_dim: int, seq_len: int | None = None) -> Frequencies:
         """Frequencies of this layer for head width `head_dim`.

@@ -13,7 +13,7 @@ Checked against Hugging Face's numbers where it has the method.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, Protocol
 
 import numpy as np
@@ -326,6 +326,38 @@ class LongRoPE:
         if self.attention_policy == "yarn":
             return yarn_magnitude(self.factor, 1.0)
         return math.sqrt(1 + math.log(self.factor) / math.log(self.original_length))
+
+
+@dataclass(frozen=True)
+class AtLength:
+    """A scaling whose frequencies are those of documents of one length, whatever is rotated.
+
+    No member of `RopeScaling`: decoding makes it of one, since keys that are kept were rotated before the document
+    had its length.
+
+    Attributes:
+      scaling: `DynamicNTK` or `LongRoPE`.
+      length: tokens of the document.
+    """
+
+    scaling: DynamicNTK | LongRoPE
+    length: int
+
+    @property
+    def kind(self) -> str:
+        return self.scaling.kind
+
+    @property
+    def factor(self) -> float:
+        return self.scaling.factor
+
+    @property
+    def first_tokens(self) -> int:
+        return getattr(self.scaling, "first_tokens", 0)
+
+    def frequencies(self, head_dim: int, theta: float, seq_len: int | None = None) -> Frequencies:
+        """Of `Scaling`; the length of what is rotated plays no part."""
+        return replace(self.scaling.frequencies(head_dim, theta, self.length), shorter=())
 
 
 RopeScaling = Unscaled | Linear | NTK | DynamicNTK | NTKByParts | YaRN | Llama3 | LongRoPE

@@ -66,11 +66,23 @@ def spec(names: Sequence[str | None]) -> P:
 
 
 def constrain(x: jax.Array, *names: str | None) -> jax.Array:
-    """Ask the compiler to keep `x` laid out by its logical axes; nothing without a mesh."""
+    """Ask the compiler to keep `x` laid out by its logical axes; nothing without a mesh.
+
+    A `length` that does not divide (a few tokens of decoding) is whole on every device.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1:
         return x
+    names = tuple(length_axis(size) if name == "length" else name for name, size in zip(names, x.shape, strict=True))
     return jax.lax.with_sharding_constraint(x, spec(names))
+
+
+def length_axis(size: int) -> str | None:
+    """`length` if the mesh in force cuts so many tokens evenly, else None: they are whole on every device.
+
+    What is trained always divides (`ContextLayout.check`); tokens that are decoded do not.
+    """
+    return None if size % token_parts()[1] else "length"
 
 
 def token_parts() -> tuple[int, int]:

@@ -12,7 +12,7 @@ from irope_jax.data.documents import Document
 from irope_jax.data.packing import batch_of
 from irope_jax.data.text_tasks.registry import RULER_TASKS, CopyLine, Facts, KeyValue, Numbers, Ruler
 from irope_jax.data.tokenizer import ByteTokenizer, TokenIds
-from irope_jax.evals.answering import Answering, by_forward
+from irope_jax.evals.answering import Answering, by_decoding, by_forward
 from irope_jax.evals.cells import Cells, weights_mark
 from irope_jax.evals.registry import EvalSpec, build_evaluators
 from irope_jax.evals.text_tasks import TextTasks
@@ -191,6 +191,9 @@ def test_by_forward_is_greedy_for_prompts_of_any_length_and_stops():
         assert answer == best[len(prompt) - 1 : len(whole) - 2].tolist() and len(answer) == 4
     with jax.set_mesh(make_mesh(MeshConfig(data=4, context=2))):
         assert by_forward(model, TOKENIZER, multiple=32).of(params).answer(prompts, 2, ()) == [a[:2] for a in answers]
+    decoding = by_decoding(model, "float32").of(params)
+    assert decoding.answer(prompts, 4, ()) == answers
+    assert decoding.answer(prompts, 4, (answers[0][1],))[0] == answers[0][: answers[0].index(answers[0][1])]
     stopped = answerer.answer(prompts, 4, (answers[0][1],))
     assert stopped[0] == answers[0][: answers[0].index(answers[0][1]) + 1]
 

@@ -1,0 +1,1 @@
+"""Reading prompts into a cache and writing on: prefill, sampling, generation."""
