@@ -41,6 +41,7 @@ setup(
         "grain>=0.2.12",
         "numpy>=2.0",
         "rich>=13",
+        "filelock>=3.12",
         "tensorboardX>=2.6.2",
     ],
     extras_require=extras,

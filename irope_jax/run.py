@@ -23,6 +23,7 @@ from irope_jax.core.hosts import (
     initialise,
     is_main_process,
 )
+from irope_jax.core.programs import keep_programs
 from irope_jax.core.records import ConfigChangedError, NullWriter, RecordError, RunWriter, load_run
 from irope_jax.evals.registry import EvalSpec, build_evaluators
 from irope_jax.experiment import check_devices, load_config, resolve, run_config
@@ -59,11 +60,12 @@ Overrides = list[tuple[str, str]]
 
 
 def _join(args: argparse.Namespace) -> None:
-    """Bring the processes of the run together, before anything asks for a device."""
+    """Bring the processes of the run together, before anything else asks for a device."""
     keep_freed_memory()
     names = ("coordinator", "process_id", "num_processes", "join_timeout")
     initialise(hosts_from({name: getattr(args, name) for name in names}))
     configure_logging()
+    keep_programs()
 
 
 def train_verb(args: argparse.Namespace, overrides: Overrides) -> int:

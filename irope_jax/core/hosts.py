@@ -189,12 +189,6 @@ def initialise(hosts: Hosts) -> None:
                 fix += "--process-id, --num-processes; or --num-processes=1 to work alone"
             raise ConfigError("--coordinator", hosts.coordinator or cluster, fix) from None
     _start_pulse()
-    if jax.default_backend() == "cpu" and jax.config.jax_compilation_cache_dir:
-        # jax 0.10.2: programs of several CPU processes that come out of the cache compute other numbers than those that
-        # went in (a sequence cut across two processes; losses differ in the fourth digit).
-        jax.config.update("jax_enable_compilation_cache", False)
-        if is_main_process():
-            log.warning("compilation cache not used: it cannot be trusted with several processes on CPUs")
 
 
 def _start_pulse() -> None:
