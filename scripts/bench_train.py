@@ -6,7 +6,8 @@
     python scripts/bench_train.py --parts                     # by part of the step as well
 
 Each model is a process of its own that has compiled and warmed up; they take turns, a few steps each, so that a noisy
-machine is noisy for all. Counted is CPU time of the process, all threads; the median over the turns is printed, and
+machine is noisy for all. The first step of a turn is not counted: it finds caches and memory as the others left them.
+Counted is CPU time of the process, all threads; the median over the turns is printed, and
 wall time beside it. The step is the one `irope train` runs, on batches of the config's own data, which are drawn
 before; what the loop does between steps is not in it. Memory is the peak of the process.
 
@@ -60,6 +61,7 @@ for i in range(3):
 parameters = sum(p.numel() for p in model.parameters())
 print(json.dumps({"ready": f"torch {torch.__version__}", "parameters": parameters}), flush=True)
 for line in sys.stdin:
+    step(0).item()
     count, cpu, wall = int(line), time.process_time(), time.perf_counter()
     for i in range(count):
         loss = step(i)
@@ -115,6 +117,7 @@ def serve(config: str, length: int, batch: int, parts: bool) -> None:
             jax.block_until_ready(scalars)
 
         for line in sys.stdin:
+            run(1)
             cpu, wall = time.process_time(), time.perf_counter()
             run(int(line))
             peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
