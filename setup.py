@@ -14,6 +14,7 @@ extras = {
     "cuda": ["jax[cuda12]"],
     "text": ["tokenizers>=0.20", "pyarrow>=15", "zstandard>=0.22"],
     "plots": ["matplotlib>=3.8"],
+    "wandb": ["wandb>=0.17"],
     "hf": ["safetensors>=0.4", "gguf>=0.17", "tokenizers>=0.20"],
 }
 # libtpu compiles for TPUs that are only described, so that tests can look at the programs; it exists for this platform.

@@ -111,6 +111,11 @@ SIGTERM and Ctrl-C save and leave (exit code 128 + signal); a second Ctrl-C leav
         default="refuse",
         help="when the run directory has other values: refuse, listing them (default), or go on and record it",
     )
+    train.add_argument(
+        "--profile",
+        metavar="FIRST:COUNT",
+        help="trace so many steps from that one into DIR/profile, for xprof, and say which parts take the time",
+    )
     _add_hosts(train)
 
     start = verb(

@@ -18,6 +18,7 @@ from typing import Any
 from irope_jax.checkpoint.native import CheckpointConfig
 from irope_jax.context.layout import ContextLayout
 from irope_jax.core.config import ConfigError, from_dict, nearest, override, to_dict
+from irope_jax.core.mirrors import WandbConfig
 from irope_jax.core.records import RecordError
 from irope_jax.data.pipeline import DataConfig
 from irope_jax.evals.registry import EvalSpec
@@ -45,6 +46,7 @@ class Experiment:
       evals: evaluations, run on schedule in training, at its end, and by `irope eval`.
       stages: what changes while it trains, one stage after the other, each from the values the one before left;
         `train.steps` then counts nothing. None is a run of one piece.
+      wandb: Weights & Biases to send the records to as well; None sends nothing.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Experiment:
     checkpoint: CheckpointConfig = CheckpointConfig()
     evals: tuple[EvalSpec, ...] = ()
     stages: tuple[Stage, ...] = ()
+    wandb: WandbConfig | None = None
 
     def __post_init__(self):
         need = self.data.tokenizer.vocab_size

@@ -23,6 +23,7 @@ from irope_jax.core.hosts import (
     initialise,
     is_main_process,
 )
+from irope_jax.core.mirrors import MirrorMissingError, WandbConfig
 from irope_jax.core.programs import keep_programs
 from irope_jax.core.records import ConfigChangedError, NullWriter, RecordError, RunWriter, load_run
 from irope_jax.evals.registry import EvalSpec, build_evaluators
@@ -39,6 +40,7 @@ from irope_jax.stages import experiment_at, settings_of
 from irope_jax.study.plots import PlotsMissingError
 from irope_jax.study.report import summary_tables, terminal_tables, write_report
 from irope_jax.train.loop import TrainingError, train
+from irope_jax.train.profile import Steps
 from irope_jax.train.spikes import SpikeError
 from irope_jax.train.state import params_for
 from irope_jax.transfer import import_verb
@@ -46,7 +48,8 @@ from irope_jax.transfer import import_verb
 log = logging.getLogger(__name__)
 
 EXPECTED_ERRORS = (
-    CheckpointError, DisagreementError, PlotsMissingError, RecordError, SearchError, SpikeError, TrainingError,
+    CheckpointError, DisagreementError, MirrorMissingError, PlotsMissingError, RecordError, SearchError, SpikeError,
+    TrainingError,
 )  # fmt: skip
 """Failures whose message alone tells a user what to do."""
 
@@ -69,6 +72,7 @@ def _join(args: argparse.Namespace) -> None:
 
 
 def train_verb(args: argparse.Namespace, overrides: Overrides) -> int:
+    profile = None if args.profile is None else Steps.parse(args.profile)
     _join(args)
     experiment = resolve(load_config(args.config), overrides)
     directory = Path(args.run_dir or Path("runs") / experiment.name)
@@ -77,7 +81,7 @@ def train_verb(args: argparse.Namespace, overrides: Overrides) -> int:
     # Before the run directory is made or told anything: what the config asks for may not be there.
     settings = settings_of(experiment, jax.device_count())
     steps = sum(setting.train.steps for setting in settings)
-    with _writer(directory, values, mark, args.on_config_change) as writer:
+    with _writer(directory, values, mark, args.on_config_change, experiment.wandb) as writer:
         if is_finished(directory, steps):
             log.info(
                 "%s is finished: trained and evaluated; nothing to do (raise train.steps with "
@@ -92,6 +96,7 @@ def train_verb(args: argparse.Namespace, overrides: Overrides) -> int:
             seed=experiment.seed,
             writer=writer,
             meta={"fingerprint": mark, "config": values},
+            profile=profile,
         )
     if outcome.stopped_by is not None:
         log.info("stopped at step %d with everything saved in %s; the same command goes on", outcome.step, directory)
@@ -115,18 +120,20 @@ def _summary(directory: Path) -> None:
         console.print(f"next: {command}   [dim]{what}[/dim]", highlight=False, soft_wrap=True)
 
 
-def _writer(directory: Path, values: dict, mark: str, on_config_change: str) -> RunWriter | NullWriter:
+def _writer(
+    directory: Path, values: dict, mark: str, on_config_change: str, wandb: WandbConfig | None
+) -> RunWriter | NullWriter:
     """Process 0 writes; if it cannot, no process goes on."""
     writer, refused = NullWriter(), None
     if is_main_process():
         try:
-            writer = RunWriter(directory, values, mark, on_config_change=on_config_change)
+            writer = RunWriter(directory, values, mark, wandb=wandb, on_config_change=on_config_change)
         except ConfigChangedError as error:
             refused = (
                 f"{directory}: begun with other values: {'; '.join(error.differences) or 'of another version'}; "
                 "choose another --run-dir, or go on with --on-config-change=accept"
             )
-        except RecordError as error:
+        except (MirrorMissingError, RecordError) as error:
             refused = str(error)
     refused = gather(refused)[0]
     if refused is not None:

@@ -26,8 +26,8 @@ GATE = 1e-5
 BEGAN = {"context": 8}
 MOVES = ({"context": 8}, {"context": 4}, {"context": 1}, {"fsdp": 4, "context": 2})
 SMALL = (
-    "--config.train.steps=24", "--config.data.seq_len=256", "--config.data.batch_size=8", "--config.train.eval_every=None",
-    "--config.evals=()", "--config.checkpoint.every=4", "--config.checkpoint.keep=10",
+    "--config.train.steps=24", "--config.data.seq_len=256", "--config.data.batch_size=8",
+    "--config.train.eval_every=None", "--config.evals=()", "--config.checkpoint.every=4", "--config.checkpoint.keep=10",
 )  # fmt: skip
 
 

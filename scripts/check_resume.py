@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 PHASES = ("start-up", "training", "checkpoint", "evaluation", "any moment")
-OF_THE_MACHINE = ("step_seconds", "tokens_per_second", "flops_per_second", "memory_bytes")
+OF_THE_MACHINE = ("step_seconds", "tokens_per_second", "flops_per_second", "mfu", "memory_bytes")
 """Scalars that no two runs share."""
 
 

@@ -32,6 +32,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from irope_jax.core.config import differences
+from irope_jax.core.mirrors import Mirror, Wandb, WandbConfig, open_tensorboard
 
 CONFIG_FILE = "config.json"
 RECORDS_FILE = "records.jsonl"
@@ -132,6 +133,7 @@ class RunWriter:
       config: the resolved experiment as nested plain values (`core.config.to_dict`).
       fingerprint: its `core.config.fingerprint`.
       tensorboard: mirror scalars to `directory/tensorboard`.
+      wandb: mirror them to Weights & Biases too.
       on_config_change: what to do if the directory holds a run with another fingerprint. "accept" replaces its
         config.json and records an event `config_changed` with the differences.
 
@@ -147,11 +149,13 @@ class RunWriter:
         fingerprint: str,
         *,
         tensorboard: bool = True,
+        wandb: WandbConfig | None = None,
         on_config_change: Literal["refuse", "accept"] = "refuse",
     ):
         self.directory = Path(directory)
         self._tensorboard = tensorboard
-        self._mirror: Any = None
+        self._tensorboard_mirror: Mirror | None = None
+        self._mirrors: list[Mirror] = []
         self._purge_step: int | None = None
         config_path, records_path = self.directory / CONFIG_FILE, self.directory / RECORDS_FILE
         config = json.loads(_dumps(config))
@@ -164,7 +168,8 @@ class RunWriter:
                     raise ConfigChangedError(self.directory, changed)
         elif records_path.exists():
             raise RecordError(f"{config_path}: missing beside {RECORDS_FILE}; choose another run directory")
-        last_step = _repair_tail(records_path)
+        last = _repair_tail(records_path)
+        last_step, self._before = (0, None) if last is None else (last.step, last.time)
         self.directory.mkdir(parents=True, exist_ok=True)
         if old_fingerprint is None:
             _write_config(self.directory, config, fingerprint)
@@ -173,14 +178,20 @@ class RunWriter:
             # The event first: a kill in between must not leave a changed config that nothing tells of.
             self.event(last_step, "config_changed", differences=changed, old_fingerprint=old_fingerprint)
             _write_config(self.directory, config, fingerprint)
+        if wandb is not None:
+            name = str(config.get("name") or self.directory.name)
+            self._mirrors.append(Wandb(wandb, self.directory, name, fingerprint, config))
 
     def start(self, step: int, /, **details: Any) -> None:
         """Training (re)starts with `step` updates completed: whatever was recorded of later steps is superseded.
 
-        Training calls this once before its first step; an evaluation of a finished run does not.
+        Training calls this once before its first step; an evaluation of a finished run does not. The event's `before`
+        is the time of the last line of the process before, if there was one.
         """
         self._purge_step = int(step) + 1
-        self.event(step, "start", **details)
+        before = {} if self._before is None else {"before": self._before}
+        self.event(step, "start", **before, **details)
+        self._before = None
 
     def train(self, step: int, scalars: Mapping[str, float]) -> None:
         """Record scalars of the step completed as number `step`; values may be NaN or infinite."""
@@ -218,9 +229,9 @@ class RunWriter:
 
     def close(self) -> None:
         self._file.close()
-        if self._mirror is not None:
-            self._mirror.close()
-            self._mirror = None
+        while self._mirrors:
+            self._mirrors.pop().close()
+        self._tensorboard_mirror = None
 
     def __enter__(self) -> RunWriter:
         return self
@@ -234,11 +245,13 @@ class RunWriter:
         self._file.write(line.encode() + b"\n")
 
     def _mirror_scalar(self, tag: str, value: float, step: int) -> None:
-        if not self._tensorboard or not math.isfinite(value):
+        if not math.isfinite(value):
             return
-        if self._mirror is None:
-            self._mirror = _open_mirror(self.directory / TENSORBOARD_DIRECTORY, self._purge_step)
-        self._mirror.add_scalar(tag, value, int(step))
+        if self._tensorboard and self._tensorboard_mirror is None:
+            self._tensorboard_mirror = open_tensorboard(self.directory / TENSORBOARD_DIRECTORY, self._purge_step)
+            self._mirrors.append(self._tensorboard_mirror)
+        for mirror in self._mirrors:
+            mirror.add_scalar(tag, value, int(step))
 
 
 class NullWriter:
@@ -338,18 +351,18 @@ def _complete_lines(path: Path) -> list[bytes]:
     return path.read_bytes().split(b"\n")[:-1]
 
 
-def _repair_tail(path: Path) -> int:
-    """Cut a torn last line off. Returns the step of the last line, 0 if there is none."""
+def _repair_tail(path: Path) -> TrainRecord | Measurement | Event | None:
+    """Cut a torn last line off. Returns the last line, None if there is none."""
     if not path.exists():
-        return 0
+        return None
     lines = _complete_lines(path)
     kept = sum(len(line) + 1 for line in lines)
     if kept < path.stat().st_size:
         os.truncate(path, kept)
     if not lines:
-        return 0
+        return None
     with _damage_at(path, len(lines)):
-        return _record(lines[-1]).step
+        return _record(lines[-1])
 
 
 def _read_config(directory: Path) -> tuple[dict, str]:
@@ -380,16 +393,6 @@ def _write_config(directory: Path, config: dict, fingerprint: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     os.replace(unfinished, directory / CONFIG_FILE)
-
-
-def _open_mirror(directory: Path, purge_step: int | None):
-    try:
-        from tensorboardX import SummaryWriter
-    except ImportError:
-        raise RecordError(
-            "tensorboard=True needs tensorboardX: `pip install tensorboardX`, or switch the mirror off"
-        ) from None
-    return SummaryWriter(str(directory), purge_step=purge_step, flush_secs=10)
 
 
 def _number(value: Any) -> float | int:

@@ -48,7 +48,9 @@ def lower_train_step(model: ModelConfig, data: DataConfig, config: TrainConfig, 
     optimizer = make_optimizer(config.optimizer, config.steps)
     state, shardings = abstract_state(model, optimizer, mesh)
     rate = learning_rate(config.optimizer, config.steps)
-    step = make_train_step(model, optimizer, rate, z_loss=config.z_loss, accumulate=config.accumulate)
+    step = make_train_step(
+        model, optimizer, rate, z_loss=config.z_loss, accumulate=config.accumulate, by_layer=config.by_layer
+    )
     layout = ContextLayout(model.context.layout, mesh.shape["context"])
     take = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
     return take.lower(state, abstract_batch(data, layout, mesh))

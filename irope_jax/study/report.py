@@ -17,6 +17,7 @@ import irope_jax
 from irope_jax.core.records import RecordError
 from irope_jax.study import plots, tables, task_plots
 from irope_jax.study.collect import Arm, load_arms, missing, nll_by_position, retrieval
+from irope_jax.study.goodput import goodput_table
 from irope_jax.study.stages import stages_table
 from irope_jax.study.text_tasks import effective_table, likelihood_table, scores_table
 
@@ -57,6 +58,7 @@ def write_report(
             _tasks(arms, out),
             _likelihoods(arms),
             _training(arms, out),
+            _time(arms),
             _origin(arms, command),
         ]
         page = out / PAGE
@@ -80,6 +82,7 @@ def terminal_tables(run_directories: Sequence[str | os.PathLike]) -> list:
         *map(scores_table, arms),
         effective_table(arms),
         likelihood_table(arms),
+        goodput_table(arms),
     ]
     return [table.rich() for table in found if table is not None]
 
@@ -89,6 +92,7 @@ def summary_tables(run_directories: Sequence[str | os.PathLike]) -> list:
     arms = load_arms(run_directories)
     staged = [table for arm in arms if (table := stages_table(arm)) is not None]
     found = staged or [tables.retrieval_table(arms, intervals=False), tables.nll_by_length_table(arms)]
+    found = [*found, goodput_table(arms)]
     return [table.rich() for table in found if table is not None]
 
 
@@ -227,6 +231,11 @@ def _training(arms: Sequence[Arm], out: Path) -> str:
     text += [tables.training_table(arms).markdown()]
     text += ["The final loss is the mean over the last twentieth of the records; speeds are medians."]
     return "\n\n".join(text)
+
+
+def _time(arms: Sequence[Arm]) -> str:
+    table = goodput_table(arms)
+    return f"## Time\n\n{table.title}:\n\n{table.markdown()}" if table is not None else ""
 
 
 def _origin(arms: Sequence[Arm], command: str) -> str:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import resource
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -32,7 +31,9 @@ from irope_jax.model.cost import parameter_counts, train_flops_per_token
 from irope_jax.sharding.mesh import make_mesh
 from irope_jax.train.curriculum import Setting, Standing, judge, measured_before, restacked
 from irope_jax.train.feed import Feed, context_layout
+from irope_jax.train.meter import Meter, Stopwatch
 from irope_jax.train.optimizer import Optimizer, OptimizerConfig, learning_rate, make_optimizer
+from irope_jax.train.profile import Profiler, Steps
 from irope_jax.train.spikes import GoBack, Ignore, Skip, SpikeDetector, SpikePolicy
 from irope_jax.train.state import (
     TrainState,
@@ -54,10 +55,11 @@ class TrainConfig:
 
     Attributes:
       steps: optimizer steps of the whole run.
-      optimizer: AdamW and its schedule.
+      optimizer: the algorithm, its schedule, and which parameters it trains.
       z_loss: weight of the squared log-partition (PaLM uses 1e-4); 0 leaves it out.
       accumulate: parts a batch is cut into, one after the other, to save memory.
       log_every: steps between recorded scalars.
+      by_layer: record also the norms of gradients, updates and parameters of each layer's two parts.
       eval_every: steps between evaluations; None evaluates only at the end.
       max_skipped_in_a_row: skipped steps in a row after which the run stops with an error.
       spikes: what happens when the recorded loss jumps: `ignore`, `skip` updates, or `roll_back` and jump the data.
@@ -70,6 +72,7 @@ class TrainConfig:
     z_loss: float = 0.0
     accumulate: int = 1
     log_every: int = 10
+    by_layer: bool = False
     eval_every: int | None = None
     max_skipped_in_a_row: int = 10
     spikes: SpikePolicy = Ignore()
@@ -107,6 +110,7 @@ def train(
     seed: int,
     writer: RunWriter | NullWriter,
     meta: dict[str, Any],
+    profile: Steps | None = None,
 ) -> Outcome:
     """Train all stages, from the newest checkpoint in `directory` if there is one.
 
@@ -117,6 +121,8 @@ def train(
 
     Between stages the state goes through the checkpoint at the border, so a run that is cut there goes on as one that
     is not.
+
+    `profile` are steps to trace into the run directory; what is trained does not depend on it.
 
     Raises:
       TrainingError: too many non-finite steps in a row, or a gate that did not open and must.
@@ -129,11 +135,16 @@ def train(
         Watchdog(settings[0].train.watchdog) as dog,
     ):
         over: Outcome | Standing | GoBack | None = None
+        watch, profiler = Stopwatch(), Profiler(profile, Path(directory))
         while not isinstance(over, Outcome):
             if isinstance(over, GoBack):
                 over = _go_back(over, checkpoints, writer)
-            with contextlib.closing(_enter(directory, settings, checkpoints, seed, over)) as begun:
-                over = _train_stage(begun, settings, checkpoints, stop, dog, writer, checkpoint.every, meta)
+            with watch.during("start-up"):
+                begun = _enter(directory, settings, checkpoints, seed, over)
+            with contextlib.closing(begun), contextlib.closing(profiler):
+                over = _train_stage(
+                    begun, settings, checkpoints, stop, dog, writer, checkpoint.every, meta, watch, profiler
+                )
         return over
 
 
@@ -251,6 +262,8 @@ def _train_stage(
     writer: RunWriter | NullWriter,
     save_every: int,
     meta: dict[str, Any],
+    watch: Stopwatch,
+    profiler: Profiler,
 ) -> Outcome | Standing | GoBack:
     """Train a stage to its end; where the next one begins, if another follows, or a spike to go back from."""
     setting, standing, device_mesh, config = begun.setting, begun.standing, begun.mesh, begun.setting.train
@@ -270,6 +283,7 @@ def _train_stage(
         lambda step: begun.rate(step - standing.reset_at),
         z_loss=config.z_loss,
         accumulate=config.accumulate,
+        by_layer=config.by_layer,
     )
     greatest = lambda votes: jax.tree.map(lambda v: v.max(), votes)
     with_votes = lambda state, batch, votes, most: (*step_function(state, batch, most), greatest(votes))
@@ -280,7 +294,7 @@ def _train_stage(
 
     def measure(step: int, evaluators: Sequence[Evaluator]) -> Measured | None:
         dog.beat(step, "evaluation")
-        with jax.set_mesh(device_mesh):
+        with jax.set_mesh(device_mesh), watch.during("evaluation"):
             return evaluate(evaluators, state, step, writer, stop.ask)
 
     def review(step: int) -> tuple[Measured | None, bool]:
@@ -315,7 +329,9 @@ def _train_stage(
         dog.beat(step, "checkpoint")
         told = {"model": to_dict(model), "evaluation_owed": found is None, "curriculum": to_dict(now(over, found))}
         told["spikes"] = begun.detector.state()
-        checkpoints.save(step, state, begun.batches.get_state(), {**meta, **told})
+        with watch.during("checkpoint"):
+            checkpoints.save(step, state, begun.batches.get_state(), {**meta, **told})
+        writer.event(step, "spent", **watch.lap())
 
     def stopped(step: int) -> Outcome:
         writer.event(step, "stopped", signal=stop.signal.name)
@@ -333,7 +349,15 @@ def _train_stage(
         while not over:
             step += 1
             most = begun.detector.limit if isinstance(config.spikes, Skip) else None
-            state, scalars, votes = take_step(state, next(begun.batches), stop.vote(device_mesh), most)
+            with watch.during("data"):
+                batch = next(begun.batches)
+            vote = stop.vote(device_mesh)
+            profiler.before(step)
+            with watch.during("compile") if step == start + 1 else contextlib.nullcontext():
+                state, scalars, votes = take_step(state, batch, vote, most)
+            profiler.after(
+                step, scalars, lambda s=state, b=batch, v=vote, m=most: take_step.lower(s, b, v, m).compile().as_text()
+            )
             dog.beat(step)
             logs = step % config.log_every == 0 or step in (end, 1)
             figures = {}
@@ -359,12 +383,14 @@ def _train_stage(
                 save(step, ended, found)
             if stop.signal is not None:
                 return stopped(step)
-    checkpoints.wait()
+    with watch.during("checkpoint"):
+        checkpoints.wait()
     if not final:
         return now(True, found)
     done = {name for name, _ in found}
     if measure(step, [e for e in setting.evaluators if e.name not in done]) is None:
         return stopped(step)
+    writer.event(step, "spent", **watch.lap())
     writer.event(step, "finished", skipped=int(state.skipped), planned=sum(one.train.steps for one in settings))
     return Outcome(step)
 
@@ -415,39 +441,3 @@ def check_finite(scalars: dict[str, float], step: int, limit: int) -> None:
             f"(limit train.max_skipped_in_a_row={limit}; {scalars['skipped']:.0f} skipped in all); lower "
             "train.optimizer.learning_rate, lengthen its warm-up, or compute in float32"
         )
-
-
-class Meter:
-    """Speed since it was last read, and memory."""
-
-    def __init__(self, tokens_per_step: int, flops_per_token: float, begun: tuple[int, int] = (0, 0)):
-        """`begun`: steps and tokens before those that it counts."""
-        self._tokens, self._flops, self._begun = tokens_per_step, flops_per_token, begun
-        self._step: int | None = None
-        self._time = time.monotonic()
-        self.tokens_per_second = float("nan")
-
-    def read(self, step: int) -> dict[str, float]:
-        now, (steps, before) = time.monotonic(), self._begun
-        tokens = before + (step - steps) * self._tokens
-        figures = {"tokens": float(tokens), "memory_bytes": float(memory_in_use())}
-        if self._step is not None and step > self._step:  # the first step compiles: its time says nothing
-            seconds = (now - self._time) / (step - self._step)
-            self.tokens_per_second = self._tokens / seconds
-            figures |= {
-                "step_seconds": seconds,
-                "tokens_per_second": self.tokens_per_second,
-                "flops_per_second": self.tokens_per_second * self._flops,
-            }
-        self._step, self._time = step, now
-        return figures
-
-    def pause(self, step: int) -> None:
-        """Time since the last reading belongs to something else."""
-        self._step, self._time = step, time.monotonic()
-
-
-def memory_in_use() -> int:
-    """Peak bytes: of the first local device where it tells, else of this process."""
-    stats = jax.local_devices()[0].memory_stats() or {}
-    return stats.get("peak_bytes_in_use") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -12,9 +12,10 @@ from __future__ import annotations
 import logging
 import re
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -64,6 +65,41 @@ class Steps:
     @property
     def last(self) -> int:
         return self.first + self.count - 1
+
+
+class Profiler:
+    """Traces the steps it is asked for, in the loop; each process into files of its own name."""
+
+    def __init__(self, steps: Steps | None, directory: Path):
+        self._steps, self._directory, self._running = steps, directory / PROFILE_DIRECTORY, False
+
+    def before(self, step: int) -> None:
+        if self._steps is not None and step == self._steps.first:
+            jax.profiler.start_trace(str(self._directory))
+            self._running = True
+
+    def after(self, step: int, result: Any, program: Callable[[], str]) -> None:
+        """`program` gives the text of what ran; asked for once, after the last step."""
+        if not self._running or step < self._steps.last:
+            return
+        jax.block_until_ready(result)
+        self.close()
+        log.info("trace of steps %d to %d in %s; to look at it: xprof %s", self._steps.first, step,
+                 self._directory, self._directory)  # fmt: skip
+        try:
+            found = seconds_by_part(self._directory, program())
+        except Exception as error:  # a trace without sums is still a trace
+            log.warning("its time by part cannot be told: %s", error)
+            return
+        total = sum(found.values()) or 1.0
+        for part, seconds in found.items():
+            if seconds / total >= 0.005:
+                log.info("  %5.1f %%  %s", 100 * seconds / total, " ".join(filter(None, part)))
+
+    def close(self) -> None:
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False
 
 
 class Part(NamedTuple):

@@ -82,6 +82,24 @@ def router_scalars(config: ModelConfig, routers: Mapping[str, RouterSums]) -> di
     }
 
 
+def layer_scalars(config: ModelConfig, **trees: Any) -> dict[str, jax.Array]:
+    """Norms of each layer's attention and feed-forward part in each of the trees of parameters.
+
+    Names are `layer_07/attention/grad_norm`; norms of a part count towards the part they stand before.
+    """
+    found = {}
+    for what, tree in trees.items():
+        for name, layer in tree["periods"].items():
+            place = int(name.removeprefix("layer_"))
+            for part in ("attention", "feed_forward"):
+                leaves = jax.tree.leaves([value for key, value in layer.items() if key.startswith(part)])
+                squares = sum(jnp.square(x.astype(jnp.float32)).reshape(len(x), -1).sum(1) for x in leaves)
+                for repeat in range(config.num_layers // len(config.period)):
+                    number = repeat * len(config.period) + place
+                    found[f"layer_{number:02d}/{part}/{what}"] = jnp.sqrt(squares[repeat])
+    return found
+
+
 def gradients(config: ModelConfig, params: Any, batch: Batch, *, z_loss: float, accumulate: int) -> tuple[Any, Any]:
     """Gradient of the mean loss per unit of weight, and the sums of `loss_sums` over the batch.
 
@@ -110,13 +128,14 @@ def make_train_step(
     *,
     z_loss: float = 0.0,
     accumulate: int = 1,
+    by_layer: bool = False,
 ) -> Callable[..., tuple[TrainState, dict[str, jax.Array]]]:
     """The function `(state, batch, most=None) -> (state, scalars)`, to be jitted with the state donated.
 
     A step whose loss or gradient is not finite, or whose loss is above `most`, changes nothing but its counters.
     Scalars: `loss` (nats per unit of weight, without z-loss), `accuracy`, `grad_norm` (before clipping), `update_norm`,
-    `param_norm`, `learning_rate`, `weight` (targets counted), `skipped`, `skipped_in_a_row`, and `router_…` where there
-    are mixtures of experts.
+    `param_norm`, `learning_rate`, `weight` (targets counted), `skipped`, `skipped_in_a_row`, `router_…` where there are
+    mixtures of experts, and with `by_layer` those of `layer_scalars`.
     """
 
     def train_step(
@@ -157,6 +176,9 @@ def make_train_step(
             "skipped_in_a_row": after.skipped_in_a_row,
         }
         scalars |= router_scalars(config, routers)
+        if by_layer:
+            trees = dict(grad_norm=grads, update_norm=updates, param_norm=after.params)
+            scalars |= layer_scalars(config, **trees)
         return after, scalars
 
     return train_step

@@ -14,7 +14,8 @@ from irope_jax.core.numerics import assert_equal_trees
 from irope_jax.core.records import NullWriter
 from irope_jax.evals.evaluator import Measurement
 from irope_jax.stages import settings_of
-from irope_jax.train.loop import Meter, Outcome, TrainingError, check_finite, train
+from irope_jax.train.loop import Outcome, TrainingError, check_finite, train
+from irope_jax.train.meter import Meter
 from tests import tiny
 
 
