@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Iterable, Iterator, Sequence
+import operator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -32,6 +33,7 @@ from irope_jax.model.config import ModelConfig, draw_layers
 from irope_jax.model.cost import active_parameters, parameter_counts, train_flops_per_token
 from irope_jax.model.kept import layer_memory, share
 from irope_jax.sharding.mesh import MeshConfig, abstract_mesh
+from irope_jax.stages import stage_experiments
 from irope_jax.train.optimizer import make_optimizer
 from irope_jax.train.state import state_shardings
 
@@ -54,11 +56,7 @@ def show_verb(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> int
         print(f"  {'for a token':<14}{active:>16,}")
     if named := names_in_hugging_face(experiment.model):
         print(f"  in Hugging Face files: {named[1]:,} tensors, named as in {named[0]}")
-    length = experiment.data.seq_len
-    tokens = experiment.train.steps * experiment.data.batch_size * length
-    flops = train_flops_per_token(experiment.model, length, counts)
-    print(f"\ntraining: {tokens:,} tokens in {experiment.train.steps:,} steps")
-    print(f"  {flops:.3g} FLOPs a token, {flops * tokens:.3g} in all")
+    print("\n" + "\n".join(training_lines(experiment, counts)))
     count = args.devices or _devices_asked_for(experiment.mesh)
     try:
         lines = layout_lines(experiment, count) + kept_lines(experiment, count)
@@ -70,6 +68,24 @@ def show_verb(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> int
     if args.decode is not None:
         print("\n" + "\n".join(cache_lines(experiment, count, args.decode)))
     return 0
+
+
+def training_lines(experiment: Experiment, counts: Mapping[str, int]) -> list[str]:
+    """Tokens, steps and FLOPs, stage by stage where there are stages."""
+    stages = stage_experiments(experiment)
+    tokens = [one.train.steps * one.data.batch_size * one.data.seq_len for one in stages]
+    flops = [train_flops_per_token(one.model, one.data.seq_len, counts) for one in stages]
+    steps, total = sum(one.train.steps for one in stages), sum(map(operator.mul, flops, tokens))
+    lines = [f"training: {sum(tokens):,} tokens in {steps:,} steps"]
+    if not experiment.stages:
+        return [*lines, f"  {flops[0]:.3g} FLOPs a token, {total:.3g} in all"]
+    rows = [("stage", "length", "rows", "steps at most", "peak rate", "FLOPs a token", "gate")]
+    for stage, one, each in zip(experiment.stages, stages, flops):
+        conditions = () if stage.gate is None else stage.gate.conditions
+        gate = ", ".join(condition.label for condition in conditions)
+        figures = (f"{one.data.seq_len:,}", f"{one.data.batch_size:,}", f"{one.train.steps:,}")
+        rows.append((stage.name, *figures, f"{one.train.optimizer.learning_rate:g}", f"{each:.3g}", gate))
+    return [*lines, *_columns(rows, "lrrrrrl"), f"  {total:.3g} FLOPs in all"]
 
 
 def names_in_hugging_face(model: ModelConfig) -> tuple[str, int] | None:
