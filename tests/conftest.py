@@ -1,4 +1,4 @@
-"""Eight simulated devices, a compile cache for processes that tests start, and the repository root on the path."""
+"""Eight simulated devices, a compile cache shared by test processes, and the repository root on the path."""
 
 import os
 import sys
@@ -16,8 +16,3 @@ sys.path.insert(0, str(ROOT))
 
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(ROOT / ".jax_cache"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
-
-import jax  # noqa: E402
-
-# For the processes that tests start. Here are eight devices, whose programs cannot be trusted out of the cache.
-jax.config.update("jax_enable_compilation_cache", False)

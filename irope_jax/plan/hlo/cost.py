@@ -36,7 +36,7 @@ class Work:
 
     Attributes:
       scope: path of names in the traced program, such as
-        `jit(train_step)/transpose(jvp(Decoder))/while/body/closed_call/periods/layer_3/attention/shard_map/ppermute`.
+        `jit(train_step)/transpose(jvp(Decoder))/while/body/closed_call/periods/layer_3/attention/attend/shard_map/…`.
       times: executions, loops multiplied out; of equal work under one scope, together.
     """
 
