@@ -15,6 +15,7 @@ extras = {
     "text": ["tokenizers>=0.20", "pyarrow>=15", "zstandard>=0.22"],
     "plots": ["matplotlib>=3.8"],
     "wandb": ["wandb>=0.17"],
+    "harness": ["lm_eval>=0.4.9"],
     "hf": ["safetensors>=0.4", "gguf>=0.17", "tokenizers>=0.20"],
 }
 # libtpu compiles for TPUs that are only described, so that tests can look at the programs; it exists for this platform.
