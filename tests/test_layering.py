@@ -27,8 +27,8 @@ LAYERS = {
     "commands": 9,
 }
 COMMANDS = (
-    "experiment", "stages", "transfer", "export", "verify", "launch", "prepare", "search", "show", "generate", "harness",
-    "generate_flags", "run", "cli", "__main__",
+    "experiment", "stages", "transfer", "export", "verify", "launch", "prepare", "search", "show", "generate",
+    "harness", "generate_flags", "run", "cli", "__main__",
 )  # fmt: skip
 ONLY = {"study": ("core",)}
 """Rooms that may import less than their layer allows."""

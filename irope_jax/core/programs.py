@@ -30,8 +30,7 @@ def keep_programs() -> None:
         return
     if jax.default_backend() == "cpu" and jax.device_count() > 1:
         jax.config.update("jax_enable_compilation_cache", False)
-        if given and jax.process_index() == 0:
-            log.warning("compilation cache not used: it cannot be trusted with several devices of CPUs")
+        log.debug("compilation cache not used: it cannot be trusted with several devices of CPUs")
         return
     if given:
         return

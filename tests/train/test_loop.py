@@ -90,7 +90,7 @@ def whole(tmp_path_factory, handlers):
 def test_what_an_uninterrupted_run_does_in_which_order(whole):
     directory, outcome, notes = whole
     assert outcome == Outcome(tiny.STEPS)
-    kinds = [call[:2] for call in notes.calls]
+    kinds = [call[:2] for call in notes.calls if call[0] != "spent"]
     evaluated = lambda step: [("measure", step)] * 2
     assert kinds == [
         ("start", 0), *[("train", s) for s in (1, 2, 3)], *evaluated(3),
@@ -99,6 +99,9 @@ def test_what_an_uninterrupted_run_does_in_which_order(whole):
     with Checkpoints(directory) as checkpoints:
         assert sorted(int(p.name) for p in checkpoints.directory.iterdir() if p.name.isdigit()) == [2, 4, 6]
     assert saved(directory)[2]["who"] == "test"
+    told = [(call[1], call[2]) for call in notes.calls if call[0] == "spent"]
+    assert [step for step, _ in told] == [2, 4, 6, 6] and {"steps", "start-up", "compile", "data"} <= told[0][1].keys()
+    assert all(seconds >= 0 for _, spent in told for seconds in spent.values())
 
 
 def test_loss_falls(whole):
@@ -174,7 +177,7 @@ def test_keep_policy(tmp_path):
 
 def test_the_meter_leaves_compiling_and_pauses_out(monkeypatch):
     now = iter([0.0, 100.0, 102.0, 150.0, 151.0])  # made, first step, second, evaluation over, third
-    monkeypatch.setattr("irope_jax.train.loop.time", SimpleNamespace(monotonic=lambda: next(now)))
+    monkeypatch.setattr("irope_jax.train.meter.time", SimpleNamespace(monotonic=lambda: next(now)))
     meter = Meter(tokens_per_step=10, flops_per_token=7.0)
     assert "tokens_per_second" not in meter.read(1)
     assert meter.read(2)["tokens_per_second"] == 5.0
