@@ -31,6 +31,7 @@ from irope_jax.experiment import check_devices, load_config, resolve, run_config
 from irope_jax.export import export_verb
 from irope_jax.generate import generate_verb
 from irope_jax.model.config import draw_layers
+from irope_jax.plan.parts import seconds_by_part
 from irope_jax.position.longrope_search import SearchError
 from irope_jax.prepare import prepare_verb
 from irope_jax.search import search_rope_verb
@@ -40,7 +41,7 @@ from irope_jax.stages import experiment_at, settings_of
 from irope_jax.study.plots import PlotsMissingError
 from irope_jax.study.report import summary_tables, terminal_tables, write_report
 from irope_jax.train.loop import TrainingError, train
-from irope_jax.train.profile import Steps
+from irope_jax.train.profile import Profiler, Steps
 from irope_jax.train.spikes import SpikeError
 from irope_jax.train.state import params_for
 from irope_jax.transfer import import_verb
@@ -96,7 +97,7 @@ def train_verb(args: argparse.Namespace, overrides: Overrides) -> int:
             seed=experiment.seed,
             writer=writer,
             meta={"fingerprint": mark, "config": values},
-            profile=profile,
+            profiler=Profiler(profile, directory, seconds_by_part),
         )
     if outcome.stopped_by is not None:
         log.info("stopped at step %d with everything saved in %s; the same command goes on", outcome.step, directory)

@@ -79,11 +79,11 @@ def serve(config: str, length: int, batch: int, parts: bool) -> None:
     from irope_jax.core.allocator import keep_freed_memory
     from irope_jax.experiment import load_config, resolve
     from irope_jax.model.cost import parameter_counts, train_flops_per_token
+    from irope_jax.plan.parts import seconds_by_part
     from irope_jax.sharding.mesh import make_mesh
     from irope_jax.stages import settings_of
     from irope_jax.train.feed import Feed, context_layout
     from irope_jax.train.optimizer import learning_rate, make_optimizer
-    from irope_jax.train.profile import seconds_by_part
     from irope_jax.train.state import init_state
     from irope_jax.train.step import make_train_step
 

@@ -16,7 +16,7 @@ import numpy as np
 from irope_jax.core.config import ConfigError, nearest
 from irope_jax.data.haystacks import HaystackSpec, MarkovHaystack
 from irope_jax.data.samples import Sample, Task, draw_between, draw_distinct, scatter
-from irope_jax.data.synthetic_lists import ManyValues, SameValue
+from irope_jax.data.synthetic_lists import ManyValues, SameValue, chain_links, check_chains
 from irope_jax.data.tokenizer import TokenizerSpec
 
 
@@ -286,9 +286,7 @@ class VariableTracking(Task):
         self.check_ranges("num_chains", "hops")
         self.check_positive("num_keys", "num_values")
         self.check_weights("text_weight", "answer_weight")
-        if self.num_chains[1] * (1 + self.hops[1]) > self.num_keys:
-            fix = f"chains × (1 + hops) variables are unique; at most num_keys={self.num_keys}"
-            raise ConfigError("num_chains", self.num_chains, fix)
+        check_chains(self.num_chains, self.hops, self.num_keys)
 
     @property
     def symbols_needed(self) -> int:
@@ -306,10 +304,7 @@ class VariableTracking(Task):
         names = tokenizer.symbols(0, self.num_keys)[rng.permutation(self.num_keys)[: chains * (1 + hops)]]
         names = names.reshape(chains, 1 + hops)
         values = tokenizer.symbols(self.num_keys, self.num_values)[rng.integers(self.num_values, size=chains)]
-        what = np.concatenate([values[:, None], names[:, :-1]], axis=1)
-        how = np.full((chains, 1 + hops), tokenizer.marker("let"))
-        how[:, 0] = tokenizer.marker("set")
-        links = np.stack([how, names, what], axis=-1).reshape(-1, 3)
+        links = chain_links(names, values, tokenizer).reshape(-1, 3)
         asks = np.stack([np.full(chains, tokenizer.marker("get")), names[:, -1], values], axis=-1)
         asks, asked = asks[order := rng.permutation(chains)], order
         at = np.concatenate([np.sort(rng.random((chains, 1 + hops)), axis=1).reshape(-1), np.ones(chains)])

@@ -99,9 +99,7 @@ class SameValue(Task):
         self.check_ranges("num_chains", "hops")
         self.check_positive("num_keys", "num_values")
         self.check_weights("text_weight", "answer_weight")
-        if self.num_chains[1] * (1 + self.hops[1]) > self.num_keys:
-            fix = f"chains × (1 + hops) variables are unique; at most num_keys={self.num_keys}"
-            raise ConfigError("num_chains", self.num_chains, fix)
+        check_chains(self.num_chains, self.hops, self.num_keys)
         if self.num_chains[1] > self.num_values:
             raise ConfigError("num_chains", self.num_chains, f"values are unique; at most num_values={self.num_values}")
 
@@ -120,13 +118,25 @@ class SameValue(Task):
         chains, each = draw_between(rng, self.num_chains), 1 + draw_between(rng, self.hops)
         names = tokenizer.symbols(0, self.num_keys)[rng.permutation(self.num_keys)[: chains * each]]
         names = names.reshape(chains, each)
-        values = tokenizer.symbols(self.num_keys, self.num_values)[rng.permutation(self.num_values)[:chains, None]]
-        how = np.full((chains, each), tokenizer.marker("let"))
-        how[:, 0] = tokenizer.marker("set")
-        told = np.stack([how, names, np.concatenate([values, names[:, :-1]], axis=1)], axis=-1)
+        values = tokenizer.symbols(self.num_keys, self.num_values)[rng.permutation(self.num_values)[:chains]]
+        told = chain_links(names, values, tokenizer)
         at = np.sort(rng.random((chains, each)), axis=1)
-        asks = np.concatenate([np.full((chains, 1), tokenizer.marker("get")), values, names], axis=1)
+        asks = np.concatenate([np.full((chains, 1), tokenizer.marker("get")), values[:, None], names], axis=1)
         return asked_at_end(self, rng, length, tokenizer, told, at, asks)
+
+
+def chain_links(names: np.ndarray, values: np.ndarray, tokenizer: TokenizerSpec) -> np.ndarray:
+    """`SET x1 value`, `LET x2 x1`, …: int `[c, m, 3]` of names `[c, m]` and the values `[c]` of their chains."""
+    how = np.full(names.shape, tokenizer.marker("let"))
+    how[:, 0] = tokenizer.marker("set")
+    return np.stack([how, names, np.concatenate([values[:, None], names[:, :-1]], axis=1)], axis=-1)
+
+
+def check_chains(num_chains: tuple[int, int], hops: tuple[int, int], num_keys: int) -> None:
+    """Raises `ConfigError` if chains need more variables than there are."""
+    if num_chains[1] * (1 + hops[1]) > num_keys:
+        fix = f"chains × (1 + hops) variables are unique; at most num_keys={num_keys}"
+        raise ConfigError("num_chains", num_chains, fix)
 
 
 def asked_at_end(

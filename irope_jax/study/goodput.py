@@ -9,7 +9,7 @@ from irope_jax.core.records import Run
 from irope_jax.study.collect import Arm
 from irope_jax.study.tables import ABSENT, Table
 
-COLUMNS = ("steps", "compile", "data", "checkpoint", "evaluation", "start-up", "lost")
+COLUMNS = ("steps", "compile", "data", "checkpoint", "evaluation", "start-up", "profile", "lost")
 
 
 def seconds_spent(run: Run) -> dict[str, float]:
@@ -50,10 +50,12 @@ def goodput_table(arms: Sequence[Arm]) -> Table | None:
     if not found:
         return None
 
+    columns = tuple(name for name in COLUMNS if any(spent.get(name) for spent in found.values()))
+
     def row(label: str, spent: dict[str, float]) -> tuple[str, ...]:
         total = sum(seconds for name, seconds in spent.items() if name != "away")
-        shares = (f"{spent[name] / total:.1%}" if spent.get(name) else ABSENT for name in COLUMNS)
+        shares = (f"{spent[name] / total:.1%}" if spent.get(name) else ABSENT for name in columns)
         return (label, f"{total:,.0f} s", *shares)
 
     rows = tuple(row(label, spent) for label, spent in found.items())
-    return Table("Where the time went (goodput: the share of steps)", ("run", "in all", *COLUMNS), rows)
+    return Table("Where the time went (goodput: the share of steps)", ("run", "in all", *columns), rows)

@@ -33,7 +33,7 @@ from irope_jax.train.curriculum import Setting, Standing, judge, measured_before
 from irope_jax.train.feed import Feed, context_layout
 from irope_jax.train.meter import Meter, Stopwatch
 from irope_jax.train.optimizer import Optimizer, OptimizerConfig, learning_rate, make_optimizer
-from irope_jax.train.profile import Profiler, Steps
+from irope_jax.train.profile import Profiler
 from irope_jax.train.spikes import GoBack, Ignore, Skip, SpikeDetector, SpikePolicy
 from irope_jax.train.state import (
     TrainState,
@@ -110,7 +110,7 @@ def train(
     seed: int,
     writer: RunWriter | NullWriter,
     meta: dict[str, Any],
-    profile: Steps | None = None,
+    profiler: Profiler | None = None,
 ) -> Outcome:
     """Train all stages, from the newest checkpoint in `directory` if there is one.
 
@@ -122,7 +122,7 @@ def train(
     Between stages the state goes through the checkpoint at the border, so a run that is cut there goes on as one that
     is not.
 
-    `profile` are steps to trace into the run directory; what is trained does not depend on it.
+    `profiler` traces some steps; what is trained does not depend on it.
 
     Raises:
       TrainingError: too many non-finite steps in a row, or a gate that did not open and must.
@@ -135,7 +135,7 @@ def train(
         Watchdog(settings[0].train.watchdog) as dog,
     ):
         over: Outcome | Standing | GoBack | None = None
-        watch, profiler = Stopwatch(), Profiler(profile, Path(directory))
+        watch, profiler = Stopwatch(), profiler or Profiler(None, Path(directory))
         while not isinstance(over, Outcome):
             if isinstance(over, GoBack):
                 over = _go_back(over, checkpoints, writer)
@@ -355,9 +355,10 @@ def _train_stage(
             profiler.before(step)
             with watch.during("compile") if step == start + 1 else contextlib.nullcontext():
                 state, scalars, votes = take_step(state, batch, vote, most)
-            profiler.after(
-                step, scalars, lambda s=state, b=batch, v=vote, m=most: take_step.lower(s, b, v, m).compile().as_text()
-            )
+            with watch.during("profile"):
+                program = lambda s=state, b=batch, v=vote, m=most: take_step.lower(s, b, v, m).compile().as_text()
+                if profiler.after(step, scalars, program):
+                    meter.pause(step)
             dog.beat(step)
             logs = step % config.log_every == 0 or step in (end, 1)
             figures = {}

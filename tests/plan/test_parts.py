@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import pytest
 
 from irope_jax.core.config import ConfigError
-from irope_jax.train.profile import Part, Profiler, Steps, part_of, parts_of_program, seconds_by_part
+from irope_jax.plan.parts import Part, part_of, parts_of_program, seconds_by_part
+from irope_jax.train.profile import Profiler, Steps
 
 
 def test_steps_are_read_and_anything_else_is_refused():
@@ -31,16 +32,22 @@ def test_parts_go_by_the_scopes_of_the_model(name, part):
 
 
 def test_a_fusion_without_a_name_has_that_of_what_it_computes_or_stands_beside():
-    text = """
+    text = """HloModule jit_f
+
+%plain (o: f32[2]) -> f32[2] {
+  %o = f32[2]{0} parameter(0)
+  ROOT %n = f32[2]{0} negate(%o)
+}
+
 %inner (p: f32[2]) -> f32[2] {
   %p = f32[2]{0} parameter(0)
   ROOT %a = f32[2]{0} add(%p, %p), metadata={op_name="jit(f)/loss/add"}
 }
 
-%branch (q: f32[2]) -> f32[2] {
+ENTRY %branch (q: f32[2]) -> f32[2] {
   %q = f32[2]{0} parameter(0)
   %fused = f32[2]{0} fusion(%q), kind=kCustom, calls=%inner
-  %bare = f32[2]{0} fusion(%fused), kind=kCustom, calls=%unnamed
+  %bare = f32[2]{0} fusion(%fused), kind=kCustom, calls=%plain
   ROOT %r = f32[2]{0} multiply(%bare, %q), metadata={op_name="jit(f)/optimizer/mul"}
 }
 """
@@ -58,7 +65,7 @@ def test_a_trace_is_summed_by_part(tmp_path):
     x = jnp.ones((128, 128))
     run = jax.jit(step)
     run(x).block_until_ready()
-    profiler = Profiler(Steps(2, 2), tmp_path)
+    profiler = Profiler(Steps(2, 2), tmp_path, seconds_by_part)
     asked = []
     for number in (1, 2, 3, 4):
         profiler.before(number)
