@@ -185,17 +185,22 @@ Killed and started again with the same command, it keeps the shards that are who
         "evaluate a checkpoint of a run",
         """\
 Evaluate a checkpoint with the evaluations of its config; print a table and add the measurements to the run's records.
+Given a config file instead of a run, evaluate its model untrained: with the weights that train.init_from names, else
+with fresh ones (for what depends on shapes only, such as memory and time); records go to a run directory of its own.
 
 examples:
   irope eval runs/debug
   irope eval runs/debug --step=200 --only=retrieval
   irope eval runs/debug --config.evals.1.lengths='(256, 1024, 4096)'
   irope eval runs/model --config.evals="({'kind': 'text_tasks', 'name': 'ruler', 'lengths': (4096, 8192)},)"
+  irope eval --config=configs/million.py:log_n_64
 """,
         "Values are changed as in `irope train`: --config.a.b=VALUE; what is measured is then printed, not recorded,\n"
         "but for evaluations under a name that the run does not have yet. A grid of tasks goes on where it was killed.",
     )
-    evaluate.add_argument("run", metavar="RUN", help="run directory")
+    evaluate.add_argument("run", metavar="RUN", nargs="?", help="run directory")
+    evaluate.add_argument("--config", metavar="FILE[:ARG]", help="config file instead of a run")
+    evaluate.add_argument("--run-dir", metavar="DIR", help="with --config: its run directory (default: runs/NAME)")
     evaluate.add_argument("--step", type=int, metavar="N", help="checkpoint to read (default: the newest)")
     evaluate.add_argument("--only", metavar="NAME", action="append", help="run only this evaluation; may be repeated")
     _add_hosts(evaluate)

@@ -100,6 +100,14 @@ def token_losses(
     return chunks.join(nll), chunks.join(correct)
 
 
+def predictions_at(hidden_BTD: Array, w_DV: Array, places_BQ: Array, wanted_BQ: Array) -> tuple[jax.Array, jax.Array]:
+    """`(best_BQ, nll_BQ)`: the most likely next token at each place, and the loss in nats of the wanted one there."""
+    hidden_BQD = jnp.take_along_axis(hidden_BTD, places_BQ[..., None], axis=1)
+    logits_BQV = jnp.einsum("BQD,DV->BQV", hidden_BQD, w_DV, preferred_element_type=jnp.float32)
+    nll_BQ = -jnp.take_along_axis(jax.nn.log_softmax(logits_BQV), wanted_BQ[..., None], axis=-1)[..., 0]
+    return logits_BQV.argmax(-1), nll_BQ
+
+
 def _chunks(hidden_BTD, w_DV, chunk: int | None, shards: tuple[int, int]) -> TokenChunks:
     chunk = max(1, TILE // w_DV.shape[1]) if chunk is None else chunk
     return TokenChunks.of(*hidden_BTD.shape[:2], chunk, shards)

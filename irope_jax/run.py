@@ -7,6 +7,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import jax
 from rich.console import Console
@@ -27,7 +28,7 @@ from irope_jax.core.mirrors import MirrorMissingError, WandbConfig
 from irope_jax.core.programs import keep_programs
 from irope_jax.core.records import ConfigChangedError, NullWriter, RecordError, RunWriter, load_run
 from irope_jax.evals.registry import EvalSpec, build_evaluators
-from irope_jax.experiment import check_devices, load_config, resolve, run_config
+from irope_jax.experiment import Experiment, check_devices, load_config, resolve, run_config
 from irope_jax.export import export_verb
 from irope_jax.generate import generate_verb
 from irope_jax.model.config import draw_layers
@@ -43,7 +44,7 @@ from irope_jax.study.report import summary_tables, terminal_tables, write_report
 from irope_jax.train.loop import TrainingError, train
 from irope_jax.train.profile import Profiler, Steps
 from irope_jax.train.spikes import SpikeError
-from irope_jax.train.state import params_for
+from irope_jax.train.state import fresh_params, params_for, params_from
 from irope_jax.transfer import import_verb
 
 log = logging.getLogger(__name__)
@@ -166,19 +167,19 @@ def _finished_at(directory: Path, steps: int) -> int | None:
 
 def eval_verb(args: argparse.Namespace, overrides: Overrides) -> int:
     _join(args)
+    if (args.run is None) == (args.config is None):
+        raise ConfigError("RUN", args.run, "name a run directory, or a config file with --config, and not both")
+    return _evaluate_config(args, overrides) if args.run is None else _evaluate_run(args, overrides)
+
+
+def _evaluate_run(args: argparse.Namespace, overrides: Overrides) -> int:
     directory = Path(args.run)
     whole = resolve(run_config(directory))
     trained = experiment_at(directory, whole, args.step)
     experiment = resolve(to_dict(trained), overrides)
     if experiment.model.pattern != trained.model.pattern:
         log.info("the layers differ from those trained: %s", draw_layers(experiment.model).splitlines()[0])
-    names = [spec.name for spec in experiment.evals]
-    for name in args.only or ():
-        if name not in names:
-            raise ConfigError("--only", name, f"no such evaluation in the config; {nearest(name, names)}")
-    chosen = [spec for spec in experiment.evals if not args.only or spec.name in args.only]
-    if not chosen:
-        raise ConfigError("config.evals", [], "this config has no evaluations; see configs/quickstart.py for two")
+    chosen = _chosen(experiment, args.only)
     mesh = make_mesh(check_devices(experiment, jax.device_count()))
     asked = [fingerprint(experiment), str(directory), args.step, args.only]
     agree("what to evaluate", asked, "start every process with the same command")
@@ -192,14 +193,7 @@ def eval_verb(args: argparse.Namespace, overrides: Overrides) -> int:
             for spec in recorded.values():
                 if spec not in trained.evals:
                     writer.event(step, ADDED, evaluation=spec.name, kind=spec.kind, spec=fingerprint(spec))
-            model, tokenizer = experiment.model, experiment.data.tokenizer
-            for evaluator in build_evaluators(chosen, model, tokenizer, directory=directory / EVALUATIONS):
-                for found in evaluator.run(params):
-                    if evaluator.name in recorded:
-                        writer.measure(step, evaluator.name, found.name, found.value, found.count, found.where)
-                    if is_main_process():
-                        where = "  ".join(f"{k}={v}" for k, v in found.where.items())
-                        print(f"{evaluator.name}  {found.name}  {found.value:.4f}  n={found.count}  {where}")
+            _measure(experiment, chosen, params, step, directory, writer, recorded)
     printed = [spec.name for spec in chosen if spec.name not in recorded]
     if printed:
         log.info(
@@ -209,6 +203,65 @@ def eval_verb(args: argparse.Namespace, overrides: Overrides) -> int:
             ", ".join(printed),
         )
     return 0
+
+
+def _evaluate_config(args: argparse.Namespace, overrides: Overrides) -> int:
+    """Evaluate the model of a config that trains nothing: from another run's weights, or fresh ones."""
+    if args.step is not None:
+        raise ConfigError("--step", args.step, "a config has no checkpoints; the weights are those of train.init_from")
+    experiment = resolve(load_config(args.config), overrides)
+    chosen = _chosen(experiment, args.only)
+    directory = Path(args.run_dir or Path("runs") / experiment.name)
+    if (directory / CHECKPOINTS).is_dir():
+        raise ConfigError(
+            "--config", args.config, f"{directory} was trained; evaluate it with `irope eval {directory}`"
+        )
+    mesh = make_mesh(check_devices(experiment, jax.device_count()))
+    values, mark = to_dict(experiment), fingerprint(experiment)
+    agree("what to evaluate", [mark, str(directory), args.only], "start every process with the same command")
+    with jax.set_mesh(mesh), _writer(directory, values, mark, "refuse", None) as writer:
+        train = experiment.train
+        if train.init_from is None:
+            params, step = fresh_params(experiment.model, mesh, experiment.seed), 0
+            log.info("weights are fresh ones: train.init_from names no run")
+        else:
+            params, step = params_from(train.init_from, experiment.model, mesh)
+            log.info("weights are those of %s at step %d", train.init_from, step)
+        _measure(experiment, chosen, params, step, directory, writer, {spec.name: spec for spec in chosen})
+    log.info("recorded in %s; tables and pictures: irope report %s", directory, directory)
+    return 0
+
+
+def _chosen(experiment: Experiment, only: Sequence[str] | None) -> list[EvalSpec]:
+    """The evaluations of a config, or those asked for by name."""
+    names = [spec.name for spec in experiment.evals]
+    for name in only or ():
+        if name not in names:
+            raise ConfigError("--only", name, f"no such evaluation in the config; {nearest(name, names)}")
+    chosen = [spec for spec in experiment.evals if not only or spec.name in only]
+    if not chosen:
+        raise ConfigError("config.evals", [], "this config has no evaluations; see configs/quickstart.py for two")
+    return chosen
+
+
+def _measure(
+    experiment: Experiment,
+    chosen: Sequence[EvalSpec],
+    params: Any,
+    step: int,
+    directory: Path,
+    writer: RunWriter | NullWriter,
+    recorded: dict[str, EvalSpec],
+) -> None:
+    """Run evaluations; print what they find, and record it under the names of `recorded`."""
+    model, tokenizer = experiment.model, experiment.data.tokenizer
+    for evaluator in build_evaluators(chosen, model, tokenizer, directory=directory / EVALUATIONS):
+        for found in evaluator.run(params):
+            if evaluator.name in recorded:
+                writer.measure(step, evaluator.name, found.name, found.value, found.count, found.where)
+            if is_main_process():
+                where = "  ".join(f"{k}={v}" for k, v in found.where.items())
+                print(f"{evaluator.name}  {found.name}  {found.value:.4f}  n={found.count}  {where}", flush=True)
 
 
 def _recorded(directory: Path, trained: Sequence[EvalSpec], chosen: Sequence[EvalSpec]) -> dict[str, EvalSpec]:

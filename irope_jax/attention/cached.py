@@ -103,6 +103,7 @@ def _few(q_BTNH, keys, values, q_info, k_info, mask, scale, slopes, repeat, bloc
             return lax.cond(jnp.any(seen), lambda sums: fold(start, info, seen, sums), lambda sums: sums, sums)
 
         used = jnp.max(jnp.where(k_info.segments != PAD_SEGMENT, jnp.arange(1, s + 1, dtype=jnp.int32), 0))
+        used = jnp.where(jnp.any(q_info.segments != PAD_SEGMENT), used, 0)
         sums = lax.fori_loop(0, -(-used // block), visit, sums)
     out, top, total = sums
     # back to query order: `[b, k, (g, t), …]` is `[b, t, (k, g), …]`

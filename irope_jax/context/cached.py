@@ -112,6 +112,7 @@ def attend_cached(
     impl: str | None = None,
     repeat: int | Array = 0,
     earlier: tuple[tuple[KeysValues, TokenInfo], ...] = (),
+    asked: Array | None = None,
 ) -> tuple[jax.Array, KeysValues]:
     """Attention of the tokens of a call to those before and among themselves, and the cache with their keys.
 
@@ -125,14 +126,16 @@ def attend_cached(
       places: where they go; the same for all layers with this mask.
       impl: `reference` attends among the tokens of a piece by the definition; anything else blockwise.
       earlier: caches that several rows share, batch a divisor of B, and their coordinates.
+      asked: bool `[B, T]`, tokens that must attend; None is all. Others see nothing, and blocks of them cost nothing.
 
     Returns:
       `[B, T, N, H]` in the type of the queries, and the cache.
     """
     alone, parts = _parts()
     options = dict(mask=mask, scale=scale, impl=impl)
+    q_info = info if asked is None else info.replace(segments=jnp.where(asked, info.segments, PAD_SEGMENT))
     if alone:
-        return _local(q_BTNH, k_BTKH, v_BTKH, info, info, cache, places, slopes, repeat, earlier, parts=1, **options)
+        return _local(q_BTNH, k_BTKH, v_BTKH, q_info, info, cache, places, slopes, repeat, earlier, parts=1, **options)
     length = q_BTNH.shape[1]
     share = length > 1 and length % parts == 0
     near_cut = "length" if share and not is_cut(mask) else None
@@ -149,7 +152,7 @@ def attend_cached(
         ),
         out_specs=(spec(("batch", out_cut, "heads", None)), lie(cache)),
         check_vma=False,
-    )(q_BTNH, k_BTKH, v_BTKH, info, info, cache, places, slopes, repeat, earlier)  # fmt: skip
+    )(q_BTNH, k_BTKH, v_BTKH, q_info, info, cache, places, slopes, repeat, earlier)  # fmt: skip
 
 
 def _local(

@@ -32,8 +32,10 @@ def piece_step(model: ModelConfig) -> Callable:
     """
 
     def step(params, cache: KVCache, logits_BV, tokens_BT, real_BT):
-        hidden_BTD, w_DV, cache = cached_hidden_states(model, params, tokens_BT, cache.next_info(real_BT), cache)
         count_B = jnp.sum(real_BT, axis=-1)
+        asked_BT = jnp.arange(tokens_BT.shape[1]) == count_B[:, None] - 1
+        info = cache.next_info(real_BT)
+        hidden_BTD, w_DV, cache = cached_hidden_states(model, params, tokens_BT, info, cache, asked_BT)
         last_BD = jnp.take_along_axis(hidden_BTD, jnp.maximum(count_B - 1, 0)[:, None, None], axis=1)[:, 0]
         new_BV = jnp.einsum("BD,DV->BV", last_BD, w_DV, preferred_element_type=jnp.float32)
         return cache, jnp.where((count_B > 0)[:, None], new_BV, logits_BV)

@@ -39,7 +39,7 @@ class CroppedPerplexity:
       scored: targets at the end of a window; a crop is longer than that. A target has `crop - scored` tokens of context
         and more.
       windows: how many windows of each length.
-      batch_tokens: tokens of one forward pass.
+      batch_tokens: tokens of one forward pass; longer texts are read in pieces of so many with a KV cache.
     """
 
     kind: ClassVar[str] = "cropped_perplexity"
@@ -88,7 +88,7 @@ class CroppedPerplexityEvaluator:
 
     def __init__(self, spec: CroppedPerplexity, model: ModelConfig, tokenizer: TokenizerSpec):
         self.spec, self.name, self._pad_id = spec, spec.name, tokenizer.pad_id
-        self._scorer = Scorer(model)
+        self._scorer = Scorer(model, spec.batch_tokens)
         self._windows = {n: whole_windows(spec.name, spec.source, tokenizer, n, spec.windows) for n in spec.lengths}
 
     def run(self, params: Any) -> Iterator[Measurement]:

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import functools
 import itertools
+import logging
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
+from irope_jax.core.config import ConfigError
 from irope_jax.core.hosts import to_host
 from irope_jax.core.types import Batch
 from irope_jax.data.documents import Document
 from irope_jax.data.packing import batch_of
-from irope_jax.losses import token_losses
+from irope_jax.evals.reading import Reader, one_document_a_row
+from irope_jax.losses import predictions_at, token_losses
 from irope_jax.model.config import ModelConfig
 from irope_jax.model.decoder import hidden_states
 from irope_jax.sharding.feed import global_array
 from irope_jax.sharding.rules import batch_sharding, token_parts
+
+log = logging.getLogger(__name__)
 
 
 def rows_per_batch(batch_tokens: int, length: int) -> int:
@@ -39,32 +43,44 @@ def _losses(hidden_BTD, w_DV, targets_BT):
     return token_losses(hidden_BTD, w_DV, targets_BT, shards=token_parts())
 
 
-@jax.jit
-def _at_places(hidden_BTD, w_DV, places_BQ, wanted_BQ):
-    hidden_BQD = jnp.take_along_axis(hidden_BTD, places_BQ[..., None], axis=1)
-    logits_BQV = jnp.einsum("BQD,DV->BQV", hidden_BQD, w_DV, preferred_element_type=jnp.float32)
-    nll_BQ = -jnp.take_along_axis(jax.nn.log_softmax(logits_BQV), wanted_BQ[..., None], axis=-1)[..., 0]
-    return logits_BQV.argmax(-1), nll_BQ
+_predictions = jax.jit(predictions_at)
 
 
 class Scorer:
     """Forward passes of one model; compiled once per shape, whatever the parameters.
 
     Of several processes all call the same with the same batch, and all get the whole answer.
+
+    Args:
+      model: of the parameters that will come.
+      longest: rows of more tokens are read in pieces of so many with a KV cache, if the model can be read so and they
+        are one document each: memory is then that of a piece and of what layers keep. None: never.
     """
 
-    def __init__(self, model: ModelConfig):
-        self._forward = _forward(model)
+    def __init__(self, model: ModelConfig, longest: int | None = None):
+        self._forward, self._longest, self._reader = _forward(model), longest, None
+        if longest is not None:
+            try:
+                self._reader = Reader(model, longest)
+            except ConfigError as error:
+                log.debug("rows of any length are one forward pass: %s", error)
+
+    def _by_pieces(self, batch: Batch) -> bool:
+        return self._reader is not None and batch.tokens.shape[1] > self._longest and one_document_a_row(batch)
 
     def token_losses(self, params: Any, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
         """`(nll_BT, correct_BT)` of every target, in nats."""
+        if self._by_pieces(batch):
+            return self._reader.token_losses(params, batch)
         batch = on_mesh(batch)
         nll_BT, correct_BT = _losses(*self._forward(params, batch), batch.targets)
         return to_host(nll_BT), to_host(correct_BT)
 
     def predictions(self, params: Any, batch: Batch, places_BQ: np.ndarray, wanted_BQ: np.ndarray):
         """Most likely next token at `places_BQ`, and the loss in nats of `wanted_BQ` there."""
-        best_BQ, nll_BQ = _at_places(*self._forward(params, on_mesh(batch)), places_BQ, wanted_BQ)
+        if self._by_pieces(batch):
+            return self._reader.predictions(params, batch, places_BQ, wanted_BQ)
+        best_BQ, nll_BQ = _predictions(*self._forward(params, on_mesh(batch)), places_BQ, wanted_BQ)
         return to_host(best_BQ), to_host(nll_BQ)
 
 

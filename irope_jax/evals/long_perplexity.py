@@ -77,7 +77,7 @@ class LongPerplexity:
       lengths: window lengths in tokens.
       windows: how many windows of each length.
       keys: who chooses the key tokens.
-      batch_tokens: tokens of one forward pass.
+      batch_tokens: tokens of one forward pass; longer texts are read in pieces of so many with a KV cache.
     """
 
     kind: ClassVar[str] = "long_perplexity"
@@ -108,7 +108,7 @@ class LongPerplexityEvaluator:
 
     def __init__(self, spec: LongPerplexity, model: ModelConfig, tokenizer: TokenizerSpec):
         self.spec, self.name, self._pad_id = spec, spec.name, tokenizer.pad_id
-        self._scorer = Scorer(model)
+        self._scorer = Scorer(model, spec.batch_tokens)
         self._windows = {n: whole_windows(spec.name, spec.source, tokenizer, n, spec.windows) for n in spec.lengths}
         self._text = tokenized(spec.source, tokenizer).fingerprint
         self._given = self._read(spec.keys.path) if isinstance(spec.keys, KeysFrom) else None

@@ -42,7 +42,7 @@ class Passkey:
       samples: texts of each length, spread evenly over the depths.
       depth_bins: depths are reported in this many equal bins.
       seed: of the samples.
-      batch_tokens: tokens of one forward pass.
+      batch_tokens: tokens of one forward pass; longer texts are read in pieces of so many with a KV cache.
     """
 
     kind: ClassVar[str] = "passkey"
@@ -72,7 +72,7 @@ class PasskeyEvaluator:
 
     def __init__(self, spec: Passkey, model: ModelConfig, tokenizer: TokenizerSpec):
         self.spec, self.name, self._tokenizer = spec, spec.name, tokenizer
-        self._haystack, self._scorer = TextHaystack(spec.source), Scorer(model)
+        self._haystack, self._scorer = TextHaystack(spec.source), Scorer(model, spec.batch_tokens)
         self._sample(np.random.default_rng(0), min(spec.lengths), 0.0)  # too short is said before a run
 
     def run(self, params: Any) -> Iterator[Measurement]:

@@ -35,7 +35,7 @@ class Perplexity:
       source: the text; held out from training.
       lengths: window lengths in tokens.
       tokens: how many tokens to score at each length, at least one window.
-      batch_tokens: tokens of one forward pass.
+      batch_tokens: tokens of one forward pass; longer texts are read in pieces of so many with a KV cache.
       bucket: width of the position buckets; None lets them double: 1, 1, 2, 4, 8 …
     """
 
@@ -85,7 +85,7 @@ class PerplexityEvaluator:
 
     def __init__(self, spec: Perplexity, model: ModelConfig, tokenizer: TokenizerSpec):
         self.spec, self.name, self._tokenizer = spec, spec.name, tokenizer
-        self._scorer = Scorer(model)
+        self._scorer = Scorer(model, spec.batch_tokens)
         for length in spec.lengths:  # too little text is said before a run, not in the middle of it
             try:
                 eval_text(spec.source, tokenizer, length, spec.windows(length))

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from irope_jax.data.tokenizer import TokenizerSpec
 from irope_jax.evals.answering import Answering
+from irope_jax.evals.cost import Cost
 from irope_jax.evals.cropped_perplexity import CroppedPerplexity
 from irope_jax.evals.evaluator import Evaluator
 from irope_jax.evals.long_perplexity import LongPerplexity
@@ -19,7 +20,8 @@ from irope_jax.evals.text_tasks import TextTasks
 from irope_jax.model.config import ModelConfig
 
 EvalSpec = (
-    CroppedPerplexity
+    Cost
+    | CroppedPerplexity
     | LongPerplexity
     | MultipleChoice
     | Passkey
@@ -46,9 +48,15 @@ def build_evaluators(
       answering: how text is generated where an evaluation needs it; None leaves it to the spec.
       directory: where evaluations that may be cut short keep what they have finished; None keeps nothing.
     """
-    return [
-        spec.build(model, tokenizer, answering, None if directory is None else directory / spec.name)
-        if isinstance(spec, TextTasks)
-        else spec.build(model, tokenizer)
-        for spec in specs
-    ]
+
+    def build(spec: EvalSpec) -> Evaluator:
+        own = None if directory is None else directory / spec.name
+        match spec:
+            case TextTasks():
+                return spec.build(model, tokenizer, answering, own)
+            case Retrieval():
+                return spec.build(model, tokenizer, own)
+            case _:
+                return spec.build(model, tokenizer)
+
+    return list(map(build, specs))

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
+import irope_jax
 from irope_jax.attention.mask import Chunked
-from irope_jax.core.config import ConfigError
+from irope_jax.core.config import ConfigError, to_dict
 from irope_jax.core.hosts import is_main_process
 from irope_jax.core.progress import ProgressBar
 from irope_jax.data.documents import Document
@@ -22,6 +24,7 @@ from irope_jax.data.packing import batch_of
 from irope_jax.data.samples import Sample, Task
 from irope_jax.data.synthetic import Needle, TaskSpec
 from irope_jax.data.tokenizer import TokenizerSpec
+from irope_jax.evals.cells import Cells, weights_mark
 from irope_jax.evals.evaluator import Measurement
 from irope_jax.evals.forward import Scorer, rows_per_batch
 from irope_jax.evals.perplexity import check_lengths
@@ -45,7 +48,7 @@ class Retrieval:
         over the depths where the task can say where they stand.
       depth_bins: depths are reported in this many equal bins.
       seed: of the samples.
-      batch_tokens: tokens of one forward pass.
+      batch_tokens: tokens of one forward pass; longer texts are read in pieces of so many with a KV cache.
     """
 
     kind: ClassVar[str] = "retrieval"
@@ -87,57 +90,103 @@ class Retrieval:
         except ConfigError as error:
             raise ConfigError("facts", self.facts, f"the task cannot have that many: {error.fix}") from None
 
-    def build(self, model: ModelConfig, tokenizer: TokenizerSpec) -> RetrievalEvaluator:
-        return RetrievalEvaluator(self, model, tokenizer)
+    def build(self, model: ModelConfig, tokenizer: TokenizerSpec, directory: Path | None = None) -> RetrievalEvaluator:
+        return RetrievalEvaluator(self, model, tokenizer, directory)
+
+
+class Answer(NamedTuple):
+    """What became of one question: whether it was right, nats per token of its answer, where its fact stood."""
+
+    right: float
+    nll: float
+    depth: float
+    straddles: float
 
 
 class RetrievalEvaluator:
-    """`Retrieval` built for one model and tokenizer."""
+    """`Retrieval` built for one model and tokenizer.
 
-    def __init__(self, spec: Retrieval, model: ModelConfig, tokenizer: TokenizerSpec):
+    Finished samples are kept in `directory`, if there is one: a run that was cut short goes on after them.
+    """
+
+    def __init__(self, spec: Retrieval, model: ModelConfig, tokenizer: TokenizerSpec, directory: Path | None = None):
         self.spec, self.name, self._tokenizer = spec, spec.name, tokenizer
+        self._model, self._directory = model, directory
         self._chunks = {layer.mask for layer in model.layers if isinstance(layer.mask, Chunked)}
-        self._scorer = Scorer(model)
+        self._scorer = Scorer(model, spec.batch_tokens)
 
     def run(self, params: Any) -> Iterator[Measurement]:
         samples = {length: -(-self.spec.queries // self.spec.facts) for length in self.spec.lengths}
-        with ProgressBar(self.name, sum(samples.values()), quiet=not is_main_process()) as bar:
-            for length, count in samples.items():
-                yield from self._at_length(params, length, count, bar)
+        cells = [(length, number) for length, count in samples.items() for number in range(count)]
+        with Cells(self._directory, self._about(params)) as kept:
+            done = sum(kept.get(_cell(*cell)) is not None for cell in cells)
+            with ProgressBar(self.name, len(cells), done=done, quiet=not is_main_process()) as bar:
+                for length, count in samples.items():
+                    yield from self._at_length(params, length, count, kept, bar)
 
-    def _at_length(self, params: Any, length: int, count: int, bar: ProgressBar) -> Iterator[Measurement]:
+    def _at_length(self, params: Any, length: int, count: int, kept: Cells, bar: ProgressBar) -> Iterator[Measurement]:
         spec = self.spec
         rng = np.random.default_rng([spec.seed, length])
-        right, nll = defaultdict(list), defaultdict(list)
+        answers: list[Answer] = []
         rows = rows_per_batch(spec.batch_tokens, length)
         for first in range(0, count, rows):
-            group = [self._sample(rng, length) for _ in range(min(rows, count - first))]
-            # The last token is only a target, so a context of `length` inputs is a sample of length + 1 tokens.
-            batch = batch_of([Document(s.tokens, s.weights) for s in group], length, self._tokenizer.pad_id, rows=rows)
-            # Per sample, per question: the places that predict its answer.
-            asked = [
-                [np.arange(a, b + 1) - 1 for a, b in zip(s.meta["answer_start"], s.meta["answer_end"])] for s in group
-            ]
-            flat = [np.concatenate(questions) for questions in asked]
-            places = np.zeros((rows, max(map(len, flat))), np.int64)
-            for row, own in enumerate(flat):
-                places[row, : len(own)] = own
-            wanted = np.take_along_axis(np.asarray(batch.targets), places, axis=1)
-            best_BQ, nll_BQ = self._scorer.predictions(params, batch, places, wanted)
-            for row, sample in enumerate(group):
-                borders = np.cumsum([len(own) for own in asked[row]])[:-1]
-                hits = np.split((best_BQ[row] == wanted[row])[: len(flat[row])], borders)
-                losses = np.split(nll_BQ[row][: len(flat[row])], borders)
-                for q, (hit, loss) in enumerate(zip(hits, losses)):
-                    cell = (self._depth_bin(sample.meta["depth"][q]), self._straddles(sample.meta, q))
-                    right[cell].append(bool(hit.all()))
-                    nll[cell].append(float(loss.mean()))
-            so_far = np.mean(np.concatenate(list(right.values())))
-            bar.advance(len(group), length=f"{length:,}", accuracy=f"{so_far:.3f}")
-        for cell in sorted(right):
-            where = {"length": length, "depth": cell[0], "straddle": cell[1]}
-            yield Measurement("accuracy", float(np.mean(right[cell])), len(right[cell]), where)
-            yield Measurement("answer_nll", float(np.mean(nll[cell])), len(nll[cell]), where)
+            numbers = range(first, min(first + rows, count))
+            group = [self._sample(rng, length) for _ in numbers]  # drawn one after the other, so also those known
+            found = [kept.get(_cell(length, number)) for number in numbers]
+            if any(one is None for one in found):
+                found = [{"scores": np.ravel(own).tolist()} for own in self._answers(params, group, length, rows)]
+                for number, one in zip(numbers, found, strict=True):
+                    kept.add(_cell(length, number), one)
+                so_far = np.mean([one.right for one in answers] + [one["scores"][0] for one in found])
+                bar.advance(len(group), length=f"{length:,}", accuracy=f"{so_far:.3f}")
+            answers += [Answer(*own) for one in found for own in np.reshape(one["scores"], (-1, len(Answer._fields)))]
+        cells = defaultdict(list)
+        for answer in answers:
+            cells[self._depth_bin(answer.depth), bool(answer.straddles)].append(answer)
+        for cell in sorted(cells):
+            where, own = {"length": length, "depth": cell[0], "straddle": cell[1]}, cells[cell]
+            yield Measurement("accuracy", float(np.mean([one.right for one in own])), len(own), where)
+            yield Measurement("answer_nll", float(np.mean([one.nll for one in own])), len(own), where)
+
+    def _answers(self, params: Any, group: list[Sample], length: int, rows: int) -> list[list[Answer]]:
+        """What the model makes of the questions of each sample."""
+        # The last token is only a target, so a context of `length` inputs is a sample of length + 1 tokens.
+        batch = batch_of([Document(s.tokens, s.weights) for s in group], length, self._tokenizer.pad_id, rows=rows)
+        # Per sample, per question: the places that predict its answer.
+        asked = [[np.arange(a, b + 1) - 1 for a, b in zip(s.meta["answer_start"], s.meta["answer_end"])] for s in group]
+        flat = [np.concatenate(questions) for questions in asked]
+        places = np.zeros((rows, max(map(len, flat))), np.int64)
+        for row, own in enumerate(flat):
+            places[row, : len(own)] = own
+            places[row, len(own) :] = own[-1]
+        wanted = np.take_along_axis(np.asarray(batch.targets), places, axis=1)
+        best_BQ, nll_BQ = self._scorer.predictions(params, batch, places, wanted)
+        found = []
+        for row, sample in enumerate(group):
+            borders = np.cumsum([len(own) for own in asked[row]])[:-1]
+            hits = np.split((best_BQ[row] == wanted[row])[: len(flat[row])], borders)
+            losses = np.split(nll_BQ[row][: len(flat[row])], borders)
+            found.append(
+                [
+                    Answer(hit.all(), loss.mean(), sample.meta["depth"][q], self._straddles(sample.meta, q))
+                    for q, (hit, loss) in enumerate(zip(hits, losses))
+                ]
+            )
+        return found
+
+    def _about(self, params: Any) -> dict[str, Any]:
+        """What decides the answers to a sample beside its length and number."""
+        if self._directory is None:
+            return {}
+        return {
+            "version": irope_jax.__version__,
+            "task": to_dict(self.spec.task),
+            "facts": self.spec.facts,
+            "seed": self.spec.seed,
+            "tokenizer": self._tokenizer.fingerprint,
+            "model": to_dict(self._model),
+            "weights": weights_mark(params),
+        }
 
     def _sample(self, rng: np.random.Generator, length: int) -> Sample:
         """One context, its facts spread over all depths where they can be, each in its own part, at random within."""
@@ -153,3 +202,7 @@ class RetrievalEvaluator:
     def _straddles(self, meta: dict, question: int) -> bool:
         start, end = int(meta["fact_start"][question]), int(meta["fact_end"][question])
         return any((start + c.shift) // c.size != (end + c.shift) // c.size for c in self._chunks)
+
+
+def _cell(length: int, number: int) -> dict[str, int]:
+    return {"length": length, "sample": number}

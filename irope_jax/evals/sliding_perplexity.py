@@ -37,7 +37,7 @@ class SlidingPerplexity:
       lengths: window lengths in tokens.
       stride: tokens a window moves by; lengths shorter than it move by themselves.
       tokens: how many targets to score, from the beginnings of as many documents as it takes.
-      batch_tokens: tokens of one forward pass.
+      batch_tokens: tokens of one forward pass; longer texts are read in pieces of so many with a KV cache.
     """
 
     kind: ClassVar[str] = "sliding_perplexity"
@@ -79,7 +79,7 @@ class SlidingPerplexityEvaluator:
 
     def __init__(self, spec: SlidingPerplexity, model: ModelConfig, tokenizer: TokenizerSpec):
         self.spec, self.name, self._tokenizer = spec, spec.name, tokenizer
-        self._scorer = Scorer(model)
+        self._scorer = Scorer(model, spec.batch_tokens)
         there = int(tokenized(spec.source, tokenizer).targets.sum())
         if there < spec.tokens:
             fix = f"the source has {there}; lower it"

@@ -145,12 +145,14 @@ class Reading:
       earlier: coordinates of prefixes, by mask.
       kept: keys and values of prefixes, by layer of the period.
       full: bool `[B]`, rows that have no room for their tokens.
+      asked: bool `[B, T]`, tokens whose hidden states somebody wants; None is all of them.
     """
 
     places: tuple[Places, ...]
     earlier: tuple[tuple[TokenInfo, ...], ...]
     kept: tuple[tuple[KeysValues, ...], ...]
     full: jax.Array
+    asked: jax.Array | None
     masks: tuple[MaskSpec, ...] = flax.struct.field(pytree_node=False)
     capacity: int = flax.struct.field(pytree_node=False)
 
@@ -160,12 +162,13 @@ class Reading:
 
 @flax.struct.dataclass
 class LayerCache:
-    """What one layer is given: all repeats of it, and which it is."""
+    """What one layer is given: all repeats of it, and which it is; `asked` are the tokens that must attend."""
 
     kept: KeysValues
     repeat: jax.Array
     places: Places
     earlier: tuple[tuple[KeysValues, TokenInfo], ...]
+    asked: jax.Array | None
     longest: int = flax.struct.field(pytree_node=False)
 
 
@@ -230,11 +233,12 @@ def fork(model: ModelConfig, prefix: KVCache, spec: CacheSpec) -> KVCache:
     return new_cache(model, spec).replace(lengths=lengths, first=lengths + 0, prefix=prefix)
 
 
-def begin(cache: KVCache, info: TokenInfo) -> tuple[KVCache, Reading]:
+def begin(cache: KVCache, info: TokenInfo, asked_BT: jax.Array | None = None) -> tuple[KVCache, Reading]:
     """The cache with the coordinates of the tokens of a call, and what layers need to put their keys there.
 
     Args:
       info: coordinates `[B, T]`; the real tokens of a row follow one another from row `lengths` on.
+      asked_BT: tokens whose hidden states are wanted; None is all of them.
     """
     real = info.segments != PAD_SEGMENT
     last_B = jnp.max(jnp.where(real, info.rows, -1), axis=-1)
@@ -257,6 +261,7 @@ def begin(cache: KVCache, info: TokenInfo) -> tuple[KVCache, Reading]:
         tuple(tuple(one.coordinates[i] for one in prefixes) for i in range(len(cache.masks))),
         tuple(tuple(one.layers[i] for one in prefixes) for i in range(len(cache.layers))),
         full,
+        asked_BT,
         cache.masks,
         cache.capacity + sum(one.capacity for one in prefixes),
     )
@@ -264,11 +269,16 @@ def begin(cache: KVCache, info: TokenInfo) -> tuple[KVCache, Reading]:
     return cache.replace(coordinates=tuple(one.after for one in places), lengths=lengths), reading
 
 
-def layer_cache(kept: KeysValues, repeat: jax.Array, reading: Reading, number: int, mask: MaskSpec) -> LayerCache:
-    """What layer `number` of the period is given at one repeat."""
-    at = reading.of(mask)
+def layer_cache(model: ModelConfig, kept: KeysValues, repeat: jax.Array, reading: Reading, number: int) -> LayerCache:
+    """What layer `number` of the period is given at one repeat.
+
+    Of the model's last layer nobody reads more than what is asked; all others owe the next one every token.
+    """
+    at, asked, period = reading.of(model.period[number].mask), None, len(model.period)
     earlier = tuple(zip(reading.kept[number], reading.earlier[at], strict=True))
-    return LayerCache(kept, repeat, reading.places[at], earlier, reading.capacity)
+    if reading.asked is not None and number == period - 1:
+        asked = reading.asked | (repeat < model.num_layers // period - 1)
+    return LayerCache(kept, repeat, reading.places[at], earlier, asked, reading.capacity)
 
 
 def check_decodable(model: ModelConfig) -> None:

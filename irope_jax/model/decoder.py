@@ -100,7 +100,7 @@ class Period(nn.Module):
         x_BTD, kept, repeat = carry
         kept = list(kept)
         for i, layer in enumerate(cfg.period):
-            cache = layer_cache(kept[i], repeat, reading, i, layer.mask)
+            cache = layer_cache(cfg, kept[i], repeat, reading, i)
             x_BTD, kept[i] = DecoderLayer(cfg, layer, name=f"layer_{i}")(x_BTD, info, turns[i], cache)
         return (x_BTD, tuple(kept), repeat + 1), None
 
@@ -150,7 +150,12 @@ class Decoder(nn.Module):
         self.final_norm = Norm(cfg.norm, cfg.norm_eps, cfg.precision)
 
     def __call__(
-        self, tokens_BT: jax.Array, info: TokenInfo, turns: PeriodTurns = None, cache: KVCache | None = None
+        self,
+        tokens_BT: jax.Array,
+        info: TokenInfo,
+        turns: PeriodTurns = None,
+        cache: KVCache | None = None,
+        asked_BT: jax.Array | None = None,
     ) -> jax.Array | tuple[jax.Array, KVCache]:
         """Hidden states `[B, T, D]` after the final norm, times `logit_scale`, in the compute type.
 
@@ -159,6 +164,8 @@ class Decoder(nn.Module):
           turns: per layer of the period, frequencies to turn by instead of the layer's own, or None.
           cache: of the tokens before (`KVCache.next_info` gives coordinates that go on); then the cache with these
             comes back too. A row that has no room for them gets NaN.
+          asked_BT: bool, with a cache: the tokens whose hidden states are wanted, others may be wrong. The last layer
+            then attends for them only, which for long prompts is most of what it does.
         """
         compute = jnp.dtype(self.config.precision.compute)
         x_BTD = look_up(self.embedding, tokens_BT, compute)
@@ -173,7 +180,7 @@ class Decoder(nn.Module):
         if cache is None:
             x_BTD, _ = self.periods(x_BTD, info, turns)
             return self._finish(x_BTD)
-        cache, reading = begin(cache, info)
+        cache, reading = begin(cache, info, asked_BT)
         start = (x_BTD, cache.layers, jnp.zeros((), jnp.int32))
         (x_BTD, layers, _), _ = self.periods(start, info, turns, reading)
         x_BTD = jnp.where(reading.full[:, None, None], jnp.nan, self._finish(x_BTD))
@@ -229,12 +236,17 @@ def hidden_states(
 
 
 def cached_hidden_states(
-    config: ModelConfig, params: Any, tokens_BT: jax.Array, info: TokenInfo, cache: KVCache
+    config: ModelConfig,
+    params: Any,
+    tokens_BT: jax.Array,
+    info: TokenInfo,
+    cache: KVCache,
+    asked_BT: jax.Array | None = None,
 ) -> tuple[jax.Array, jax.Array, KVCache]:
-    """`(hidden_BTD, w_DV, cache)`: tokens that follow those of the cache."""
+    """`(hidden_BTD, w_DV, cache)`: tokens that follow those of the cache; hidden states right where they are asked."""
     decoder = Decoder(config)
     variables = {"params": params}
-    hidden_BTD, cache = decoder.apply(variables, tokens_BT, info, cache=cache)
+    hidden_BTD, cache = decoder.apply(variables, tokens_BT, info, cache=cache, asked_BT=asked_BT)
     return hidden_BTD, decoder.apply(variables, method="head_matrix"), cache
 
 

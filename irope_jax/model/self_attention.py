@@ -122,8 +122,9 @@ class SelfAttention(nn.Module):
                     )  # fmt: skip
                 else:
                     out_BTNH, kept = attend_cached(
-                        q_BTNH, k_BTKH, v_BTKH, plain, cache.kept, cache.places, layer.mask, scale=scale,
-                        slopes=slopes_N, impl=cfg.attention, repeat=cache.repeat, earlier=cache.earlier,
+                        q_BTNH, k_BTKH, v_BTKH, plain, cache.kept, cache.places, layer.mask,
+                        scale=scale, slopes=slopes_N, impl=cfg.attention, repeat=cache.repeat,
+                        earlier=cache.earlier, asked=cache.asked,
                     )  # fmt: skip
         out_BTD = project(out_BTNH, w_o_NHD, 2)
         if cfg.attention_bias == "all":

@@ -79,6 +79,11 @@ class Arm:
         recorded = {m.evaluation for m in self.run.evals}
         return [name for name in dict.fromkeys([kind, *named]) if name in recorded]
 
+    def planned(self, kind: str) -> bool:
+        """Whether the config of the run names an evaluation of a kind."""
+        specs = lookup(self.run.config, "evals") or ()
+        return any(isinstance(spec, dict) and spec.get("kind") == kind for spec in specs)
+
     def measured_at(self, kind: str) -> int | None:
         """The last step at which the evaluation of a kind was recorded; `None` if never."""
         names = self.evaluations(kind)
@@ -237,6 +242,9 @@ def missing(arms: Iterable[Arm]) -> list[str]:
             notes.append(f"{arm.label}: its config does not say the training length (data.seq_len).")
         for kind in ("perplexity", "retrieval"):
             at = arm.measured_at(kind)
+            expected = arm.planned(kind) or not arm.run.evals or any(other.evaluations(kind) for other in arms)
+            if at is None and not expected:
+                continue
             if at is None:
                 notes.append(f"{arm.label}: {kind} was not measured.")
             elif at < step:

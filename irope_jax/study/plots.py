@@ -230,7 +230,7 @@ def _draw_nll_by_position(axis, arms: Sequence[Arm], as_perplexity: bool = False
         if as_perplexity:
             ratio = max(high / low, 1.2) ** 0.1
             axis.set_ylim(low / ratio, high * ratio)
-            _plain_log_axis(axis.yaxis, low / ratio, high * ratio)
+            plain_log_axis(axis.yaxis, low / ratio, high * ratio)
         else:
             margin = 0.1 * max(high - low, 0.1)
             axis.set_ylim(low - margin, high + margin)
@@ -257,7 +257,7 @@ def set_lengths(axis, places: Sequence[float], write: Callable[[float], str], at
     axis.xaxis.set_minor_locator(_ticker().NullLocator())
 
 
-def _plain_log_axis(axis, low: float, high: float) -> None:
+def plain_log_axis(axis, low: float, high: float) -> None:
     """Ticks 1 2 5 10 … written as plain numbers; finer ones where the range is small."""
     subs = (1, 2, 5) if high / low > 6 else (1, 1.5, 2, 3, 4, 5, 6, 7, 8, 9) if high / low > 2 else None
     ticker = _ticker()

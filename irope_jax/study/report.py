@@ -17,6 +17,7 @@ import irope_jax
 from irope_jax.core.records import RecordError
 from irope_jax.study import plots, tables, task_plots
 from irope_jax.study.collect import Arm, load_arms, missing, nll_by_position, retrieval
+from irope_jax.study.cost import cost_by_length, cost_tables
 from irope_jax.study.goodput import goodput_table
 from irope_jax.study.stages import stages_table
 from irope_jax.study.text_tasks import effective_table, likelihood_table, scores_table
@@ -57,6 +58,7 @@ def write_report(
             _perplexity(arms, out),
             _tasks(arms, out),
             _likelihoods(arms),
+            _cost(arms, out),
             _training(arms, out),
             _time(arms),
             _origin(arms, command),
@@ -82,6 +84,7 @@ def terminal_tables(run_directories: Sequence[str | os.PathLike]) -> list:
         *map(scores_table, arms),
         effective_table(arms),
         likelihood_table(arms),
+        *cost_tables(arms),
         goodput_table(arms),
     ]
     return [table.rich() for table in found if table is not None]
@@ -100,7 +103,8 @@ def _opening(arms: Sequence[Arm], out: Path, title: str) -> str:
     text = [f"# {title or ' · '.join(arm.label for arm in arms)}"]
     path = plots.headline(arms, out / "headline.png")
     if path is None:
-        return "\n\n".join([*text, "Neither retrieval nor perplexity was measured: there is no result to show yet."])
+        nothing = not any(arm.run.evals for arm in arms)
+        return "\n\n".join([*text, *(["Nothing was measured: there is no result to show yet."] if nothing else [])])
     halves = []
     if any(retrieval(arm) for arm in arms):
         halves.append(
@@ -146,7 +150,7 @@ def _retrieval_tables(arms: Sequence[Arm], intervals: bool = True) -> list[table
 def _retrieval(arms: Sequence[Arm], out: Path) -> str:
     found = [table for table in _retrieval_tables(arms) if table is not None]
     if not found:
-        return "## Retrieval\n\nNot measured."
+        return "" if any(arm.run.evals for arm in arms) else "## Retrieval\n\nNot measured."
     asked = {arm.label: [cell.count for cell in retrieval(arm)] for arm in arms}
     counts = [f"{label} {min(n):,}" + (f" to {max(n):,}" if max(n) > min(n) else "") for label, n in asked.items() if n]
     intro = (
@@ -174,7 +178,7 @@ def _retrieval(arms: Sequence[Arm], out: Path) -> str:
 def _perplexity(arms: Sequence[Arm], out: Path) -> str:
     by_position, by_length = tables.nll_by_position_table(arms), tables.nll_by_length_table(arms)
     if by_position is None and by_length is None:
-        return "## Perplexity\n\nNot measured."
+        return "" if any(arm.run.evals for arm in arms) else "## Perplexity\n\nNot measured."
     text = ["## Perplexity"]
     path = plots.perplexity_by_position(arms, out / "perplexity_by_position.png")
     if by_position is not None:
@@ -220,6 +224,16 @@ def _likelihoods(arms: Sequence[Arm]) -> str:
         return ""
     intro = "Losses in nats per token, accuracies from 0 to 1; n counts tokens or questions."
     return "\n\n".join(["## Other likelihoods", intro, table.markdown()])
+
+
+def _cost(arms: Sequence[Arm], out: Path) -> str:
+    path = cost_by_length(arms, out / "cost_by_length.png")
+    if path is None:
+        return ""
+    text = ["## Time and memory by length", "Medians, compilation left out.", _image(path, "time and memory by length")]
+    for table in cost_tables(arms):
+        text += [f"**{table.title}**", table.markdown()]
+    return "\n\n".join(text)
 
 
 def _training(arms: Sequence[Arm], out: Path) -> str:

@@ -117,6 +117,13 @@ def init_state(config: ModelConfig, optimizer: Optimizer, mesh: Mesh, seed: int)
     return jax.jit(lambda: nn.meta.unbox(_create(config, optimizer, seed)), out_shardings=shardings)()
 
 
+def fresh_params(config: ModelConfig, mesh: Mesh, seed: int) -> Any:
+    """The parameters of `init_state`, alone."""
+    init_key, _ = jax.random.split(jax.random.key(seed))
+    make = lambda: nn.meta.unbox(init_params(config, init_key))
+    return jax.jit(make, out_shardings=tree_shardings(abstract_params(config), mesh))()
+
+
 def load_params(
     run_directory: str | Path,
     config: ModelConfig,
