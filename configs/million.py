@@ -17,8 +17,8 @@ from ml_collections import ConfigDict
 from quickstart import FACTS, HELD_OUT, LENGTH
 from quickstart import get_config as quickstart
 
-TIMES = (1, 8, 64, 512, 1024, 2048, 4096, 8192)
-QUESTIONS = {1: 16, 8: 64, 64: 256}
+TIMES = (1, 8, 64, 512, 2048, 8192)
+QUESTIONS = {1: 8, 8: 64, 64: 256}
 """Facts in a text: questions at each length."""
 
 ARMS = tuple(f"{temperature}_{facts}" for temperature in ("log_n", "none") for facts in QUESTIONS)

@@ -170,10 +170,7 @@ def plan_panels(
     """The tiles that cover `panels`: one panel of all places, or panels of the past that may start anywhere."""
     if len(panels) == 1 and panels[0].relation == "same":
         # Rows may have gaps between places; nothing is visible that places in a row would not show.
-        in_order = lambda info: info.replace(first_row=0, document_multiple=1)
-        if isinstance(mask, Chunked):
-            mask = Sliding(mask.size)
-        return plan_blocks(mask, in_order(q_info), in_order(k_info), key_heads, group)
+        return plan_blocks(*in_order(mask, q_info, k_info), key_heads, group)
     loose = lambda info: info.replace(first_row=None)
     block = route_block(panels, q_info.shape[0], key_heads, group)
     if block is None:  # visiting more tiles than the panels have is safe: coordinates decide
@@ -188,6 +185,12 @@ def plan_panels(
     sure = isinstance(mask, Global) and q_info.unbroken and k_info.unbroken
     rows, heads = tile(q_info.shape[0], key_heads, group, block * block)
     return BlockPlan(rows, heads, (Route(block, block, (index, low, low + width - 1), width),), sure)
+
+
+def in_order(mask: MaskSpec, q_info: TokenInfo, k_info: TokenInfo) -> tuple[MaskSpec, TokenInfo, TokenInfo]:
+    """To plan with, where rows rise with places from a start that is not known: a mask as wide, rows from 0 on."""
+    from_0 = lambda info: info.replace(first_row=0, document_multiple=1)
+    return Sliding(mask.size) if isinstance(mask, Chunked) else mask, from_0(q_info), from_0(k_info)
 
 
 def route_block(panels: tuple[Panel, ...], batch: int, key_heads: int, group: int) -> int | None:

@@ -92,7 +92,8 @@ def _few(q_BTNH, keys, values, q_info, k_info, mask, scale, slopes, repeat, bloc
         jnp.zeros((b, kv, g * t), jnp.float32),
     )
     if block == s:
-        sums = fold(0, k_info, allowed(mask, q_info, k_info), sums)
+        seen = allowed(mask, q_info, k_info)
+        sums = lax.cond(jnp.any(seen), lambda sums: fold(0, k_info, seen, sums), lambda sums: sums, sums)
     else:
 
         def visit(j, sums):

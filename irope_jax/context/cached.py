@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from irope_jax.attention.blockwise import partial_blockwise
+from irope_jax.attention.blockwise import partial_in_order
 from irope_jax.attention.cached import partial_cached
 from irope_jax.attention.mask import MaskSpec
 from irope_jax.attention.partial import Partial, finish, merge
@@ -178,7 +178,7 @@ def _local(
         if cut:  # a single token, which one of the devices counts
             k_info = k_info.replace(segments=jnp.where(slot_BT < cache.keys.slots, k_info.segments, PAD_SEGMENT))
         dense = impl == "reference" or k_BTKH.shape[1] == 1
-        within = partial_reference if dense else partial_blockwise
+        within = partial_reference if dense else partial_in_order
         k, v = cache.keys.rounded(k_BTKH), cache.values.rounded(v_BTKH)
         cache = cache.write(repeat, slot_BT + _never(found[-1]), k_BTKH, v_BTKH)
         found.append(within(q_BTNH, k, v, q_info, k_info, mask, **options))
