@@ -205,7 +205,7 @@ examples:
     evaluate.add_argument("--only", metavar="NAME", action="append", help="run only this evaluation; may be repeated")
     _add_hosts(evaluate)
 
-    add_generate(verb)
+    _add_hosts(add_generate(verb))
 
     report = verb(
         "report",

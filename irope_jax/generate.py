@@ -11,14 +11,15 @@ import jax
 import numpy as np
 
 from irope_jax.context.strategy import megabytes
-from irope_jax.core.config import ConfigError, to_dict
-from irope_jax.core.hosts import avoid_absent_tpu, configure_logging
+from irope_jax.core.config import ConfigError, fingerprint, to_dict
+from irope_jax.core.hosts import agree, is_main_process
 from irope_jax.core.progress import ProgressBar
 from irope_jax.data.tokenizer import Tokenizer
 from irope_jax.decode.generate import Generation, Generator, Row, Speed
 from irope_jax.decode.sampling import Sampling
 from irope_jax.decode.text import TextStream
 from irope_jax.experiment import resolve, run_config
+from irope_jax.join import join
 from irope_jax.model.cache import check_decodable, follows_length, for_documents_of
 from irope_jax.model.config import ModelConfig
 from irope_jax.sharding.mesh import MeshConfig, make_mesh
@@ -29,8 +30,7 @@ log = logging.getLogger(__name__)
 
 
 def generate_verb(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
-    avoid_absent_tpu()
-    configure_logging()
+    join(args)
     directory = Path(args.checkpoint)
     trained = experiment_at(directory, resolve(run_config(directory)), args.step)
     if not any(path.startswith("mesh.") for path, _ in overrides):
@@ -41,6 +41,9 @@ def generate_verb(args: argparse.Namespace, overrides: list[tuple[str, str]]) ->
     tokenizer = experiment.data.tokenizer
     book, prompts = prompts_of(args, tokenizer)
     spec = generation_of(args, experiment.model, tokenizer)
+    said = [part.tolist() for part in (book, *prompts)]
+    asked = [fingerprint(experiment), str(directory), args.step, fingerprint(spec), said]
+    agree("what to generate", asked, "start every process with the same command and the same files")
     model = at_length(experiment.model, len(book) + max(map(len, prompts)) + spec.tokens, args.document_length)
     try:
         check_decodable(model)
@@ -52,14 +55,16 @@ def generate_verb(args: argparse.Namespace, overrides: list[tuple[str, str]]) ->
         params, step = params_for(directory, trained.model, experiment.model, mesh, args.step)
         log.info("%s, step %d", directory, step)
         generator, prefix = Generator(model, params, spec), None
-        with ProgressBar("prompt tokens", len(book) + sum(map(len, prompts))) as bar:
+        total = len(book) + sum(map(len, prompts))
+        with ProgressBar("prompt tokens", total, quiet=not is_main_process()) as bar:
             if len(book) and len(prompts) > 1:
                 prefix = generator.read([book], progress=bar.advance)
             elif len(book):
                 prompts = [np.concatenate([book, prompts[0]])]
             rows = generator.generate(prompts, prefix=prefix, on_tokens=streams.take, progress=bar.advance)
     streams.end(rows)
-    print(speed_line(generator.speed), file=sys.stderr)
+    if is_main_process():
+        print(speed_line(generator.speed), file=sys.stderr)
     return 0
 
 
@@ -117,12 +122,15 @@ def at_length(model: ModelConfig, tokens: int, said: int | None) -> ModelConfig:
 
 
 class Streams:
-    """Rows as text on standard output: one row as it comes, several one after the other when all have ended."""
+    """Rows as text on standard output: one row as it comes, several one after the other when all have ended.
+
+    Every process reads along, since a stop string ends a row on all of them; the first prints.
+    """
 
     def __init__(self, tokenizer: Tokenizer, stops: list[str] | tuple[str, ...], *, shown_at_once: bool):
         self._new = lambda: TextStream(tokenizer, stops)
         self._rows: dict[tuple[int, int], TextStream] = {}
-        self._at_once = shown_at_once
+        self._at_once, self._prints = shown_at_once, is_main_process()
 
     def take(self, row: Row, new: list[int]) -> bool:
         stream = self._rows.setdefault((row.prompt, row.sample), self._new())
@@ -133,13 +141,13 @@ class Streams:
         for row in rows:
             stream = self._rows.setdefault((row.prompt, row.sample), self._new())
             self._show(stream.finish())
-            if not self._at_once:
+            if self._prints and not self._at_once:
                 print(f"--- prompt {row.prompt + 1}, sample {row.sample + 1}\n{stream.text}")
-        if self._at_once:
+        if self._prints and self._at_once:
             print()
 
     def _show(self, text: str) -> None:
-        if self._at_once and text:
+        if self._prints and self._at_once and text:
             print(text, end="", flush=True)
 
 

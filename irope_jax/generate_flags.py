@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 
 
-def add_generate(verb: Callable[..., argparse.ArgumentParser]) -> None:
+def add_generate(verb: Callable[..., argparse.ArgumentParser]) -> argparse.ArgumentParser:
     write = verb(
         "generate",
         "text that a checkpoint writes on from prompts",
@@ -21,7 +21,7 @@ examples:
   irope generate --checkpoint=RUN --prompt-file=book.txt --cache=int8 --guesses=8 --stop='\n\n'
 
 The cache keeps every token in global layers, one chunk or window in the others (`irope show --decode=LENGTH`). All
-devices share the text unless --config.mesh says otherwise.
+devices share the text unless --config.mesh says otherwise; of several processes the first prints.
 """,
         "Values of the run's config are changed as in `irope train`: --config.a.b=VALUE.",
     )
@@ -56,3 +56,4 @@ devices share the text unless --config.mesh says otherwise.
         metavar="N",
         help="for scalings that follow the length: the length to turn for (default: prompt and new tokens)",
     )
+    return write

@@ -13,24 +13,20 @@ import jax
 from rich.console import Console
 
 from irope_jax.checkpoint.native import CHECKPOINTS, CheckpointError, Checkpoints
-from irope_jax.core.allocator import keep_freed_memory
 from irope_jax.core.config import ConfigError, fingerprint, nearest, to_dict
 from irope_jax.core.hosts import (
     DisagreementError,
     agree,
-    configure_logging,
     gather,
-    hosts_from,
-    initialise,
     is_main_process,
 )
 from irope_jax.core.mirrors import MirrorMissingError, WandbConfig
-from irope_jax.core.programs import keep_programs
 from irope_jax.core.records import ConfigChangedError, NullWriter, RecordError, RunWriter, load_run
 from irope_jax.evals.registry import EvalSpec, build_evaluators
 from irope_jax.experiment import Experiment, check_devices, load_config, resolve, run_config
 from irope_jax.export import export_verb
 from irope_jax.generate import generate_verb
+from irope_jax.join import join
 from irope_jax.model.config import draw_layers
 from irope_jax.plan.parts import seconds_by_part
 from irope_jax.position.longrope_search import SearchError
@@ -64,18 +60,9 @@ ADDED = "evaluation"
 Overrides = list[tuple[str, str]]
 
 
-def _join(args: argparse.Namespace) -> None:
-    """Bring the processes of the run together, before anything else asks for a device."""
-    keep_freed_memory()
-    names = ("coordinator", "process_id", "num_processes", "join_timeout")
-    initialise(hosts_from({name: getattr(args, name) for name in names}))
-    configure_logging()
-    keep_programs()
-
-
 def train_verb(args: argparse.Namespace, overrides: Overrides) -> int:
     profile = None if args.profile is None else Steps.parse(args.profile)
-    _join(args)
+    join(args)
     experiment = resolve(load_config(args.config), overrides)
     directory = Path(args.run_dir or Path("runs") / experiment.name)
     values, mark = to_dict(experiment), fingerprint(experiment)
@@ -166,7 +153,7 @@ def _finished_at(directory: Path, steps: int) -> int | None:
 
 
 def eval_verb(args: argparse.Namespace, overrides: Overrides) -> int:
-    _join(args)
+    join(args)
     if (args.run is None) == (args.config is None):
         raise ConfigError("RUN", args.run, "name a run directory, or a config file with --config, and not both")
     return _evaluate_config(args, overrides) if args.run is None else _evaluate_run(args, overrides)

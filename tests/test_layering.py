@@ -27,7 +27,7 @@ LAYERS = {
     "commands": 9,
 }
 COMMANDS = (
-    "experiment", "stages", "transfer", "export", "verify", "launch", "prepare", "search", "show", "generate",
+    "experiment", "stages", "transfer", "export", "verify", "launch", "prepare", "search", "show", "join", "generate",
     "harness", "generate_flags", "run", "cli", "__main__",
 )  # fmt: skip
 ONLY = {"study": ("core",)}

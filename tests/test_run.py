@@ -170,6 +170,27 @@ def test_eval_on_another_mesh_still_belongs_to_the_run(capfd, copy):
     assert code == 0 and "printed only" not in err
 
 
+def test_a_config_that_trains_nothing_is_evaluated_into_a_run_of_its_own(capfd, whole, tmp_path):
+    """With the weights of the run it names, or fresh ones."""
+    place = tmp_path / "asked"
+    ask = ("eval", f"--config={tiny.config_file(tmp_path)}", f"--run-dir={place}", "--only=retrieval")
+    code, _, err = irope(capfd, *ask, f"--config.train.init_from={whole}")
+    assert code == 0, err
+    key = lambda r: (r.evaluation, r.name, r.value, r.count, *r.where.items())
+    there = [key(r) for r in load_run(whole).evals if (r.step, r.evaluation) == (6, "retrieval")]
+    assert [key(r) for r in load_run(place).evals if r.step == 6] == there
+    assert irope(capfd, "report", place)[0] == 0
+    code, _, err = irope(capfd, *ask)
+    last_line_is_the_error(code, err, "begun with other values", "--run-dir")
+    code, _, err = irope(capfd, *ask[:2], f"--run-dir={tmp_path / 'fresh'}", "--only=retrieval")
+    assert code == 0 and "fresh" in err
+    for arguments in ((), (whole, ask[1])):
+        code, _, err = irope(capfd, "eval", *arguments)
+        assert code == 2 and "not both" in err
+    code, _, err = irope(capfd, "eval", ask[1], f"--run-dir={whole}")
+    assert code == 2 and f"irope eval {whole}" in err
+
+
 def test_eval_mistakes(capfd, whole):
     code, _, err = irope(capfd, "eval", whole, "--only=retreival")
     assert code == 2 and "did you mean 'retrieval'?" in err

@@ -78,7 +78,7 @@ def prefill(
     """
     step = piece_step(model)
     if logits_BV is None:
-        logits_BV = jnp.full((len(rows), model.vocab_size), jnp.nan, jnp.float32)
+        logits_BV = np.full((len(rows), model.vocab_size), np.nan, np.float32)
     for tokens, real in pieces(rows, size):
         cache, logits_BV = step(params, cache, logits_BV, tokens, real)
         jax.block_until_ready(logits_BV)

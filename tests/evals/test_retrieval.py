@@ -184,6 +184,31 @@ def test_the_same_samples_at_every_run_and_others_with_another_seed(oracle):
     np.testing.assert_array_equal(tokens(run(spec(lengths=(96,)), look_up)[1]), tokens(oracle[1][18:]))
 
 
+def test_a_run_that_was_cut_short_goes_on_after_the_samples_it_finished(tmp_path):
+    class Cut(Stub):
+        def predictions(self, *args):
+            if len(self.seen) >= 12:
+                raise KeyboardInterrupt
+            return super().predictions(*args)
+
+    def build(scorer):
+        evaluator = spec().build(tiny.experiment().model, TOKENIZER, tmp_path)
+        evaluator._scorer = scorer
+        return evaluator
+
+    params, cut, rest = {"w": np.ones(3)}, Cut(look_up), Stub(look_up)
+    with pytest.raises(KeyboardInterrupt):
+        list(build(cut).run(params))
+    found = list(build(rest).run(params))
+    whole, seen = run(spec(), look_up)
+    assert [(m.name, m.value, m.count, m.where) for m in found] == [(m.name, m.value, m.count, m.where) for m in whole]
+    rows = lambda own: {(tuple(tokens), length) for tokens, length in own}
+    assert len(rest.seen) == len(seen) - len(cut.seen) and not rows(rest.seen) & rows(cut.seen)
+    again = Stub(look_up)
+    list(build(again).run({"w": np.zeros(3)}))  # other weights
+    assert len(again.seen) == len(seen)
+
+
 def test_the_forward_pass_scores_the_tokens_asked_for_on_one_device_and_on_eight():
     experiment = tiny.experiment(("model.init_std", "0.5"))
     optimizer = make_optimizer(experiment.train.optimizer, experiment.train.steps)
