@@ -17,14 +17,13 @@ from irope_jax.study.collect import Arm, Cell, aggregate
 from irope_jax.study.tables import ABSENT, Table
 
 COLUMNS = (
-    ("distance", "mean distance, tokens", ",.1f"),
-    ("even_distance", "if even", ",.1f"),
-    ("sink_mass", "on the first tokens", ".3f"),
-    ("even_sink_mass", "if even", ".3f"),
-    ("recent_mass", "on the last tokens", ".3f"),
-    ("even_recent_mass", "if even", ".3f"),
-    ("entropy", "entropy, nats", ".2f"),
-    ("entropy_share", "of the most possible", ".2f"),
+    ("distance", "distance", ",.1f"),
+    ("even_distance", "even", ",.1f"),
+    ("sink_mass", "first", ".3f"),
+    ("even_sink_mass", "even", ".3f"),
+    ("recent_mass", "last", ".3f"),
+    ("entropy", "entropy", ".2f"),
+    ("entropy_share", "share", ".2f"),
 )
 """Measures of the table: name, head, format."""
 
@@ -77,5 +76,5 @@ def attention_table(arm: Arm) -> Table | None:
             cells.append(format(found[0].value, shape) if found else ABSENT)
         rows.append((kind, f"{list(kinds.values()).count(kind)}", *cells))
     length = looked(arm, "distance")[0].where["length"]
-    heads = ("layers", "how many", *(head for _, head, _ in COLUMNS))
+    heads = ("layers", "n", *(head for _, head, _ in COLUMNS))
     return Table(f"{arm.label}: where its layers look in {length:,} tokens", heads, tuple(rows))

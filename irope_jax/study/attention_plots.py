@@ -43,9 +43,12 @@ def head_maps(arms: Sequence[Arm], path: Path) -> Path | None:
                 spine.set_visible(False)
             bar = figure.colorbar(image, ax=axis, fraction=0.05, pad=0.02, aspect=25)
             bar.outline.set_visible(False)
+            if name == "distance":
+                bar.ax.yaxis.set_major_formatter(plots.plain_numbers())
+                bar.ax.yaxis.set_minor_formatter(plots.plain_numbers((1, 2, 5)))
         _name_layers(line[0], kinds)
         line[1].set_yticks(range(len(kinds)), [f"{n}" for n in range(len(kinds))], fontsize=8)
-        title = f"{arm.label}, {length:,} tokens" if len(arms) > 1 else f"{length:,} tokens"
+        title = f"{arm.label}, {length:,} tokens" if len(arms) > 1 else f"in {length:,} tokens"
         line[0].set_title(f"Mean distance, tokens\n{title}", color=plots.run_colour(arm) if len(arms) > 1 else "black")
         line[1].set_title("Mass on the first tokens\nof document or chunk")
     return plots.save_figure(figure, path)
@@ -74,11 +77,12 @@ def entropy_curves(arms: Sequence[Arm], path: Path) -> Path | None:
         for (mask, position), cells in by_position(arm, "entropy", ("mask", "position")).items():
             kind = kind_of({"mask": mask, "position": position})
             axis.plot(*_points(cells), color=colours[kind], linewidth=2.2, marker="o", markersize=4, label=kind)
-        borders = sorted({b for cells in curves.values() for c in cells for b in (c.where["from"], c.where["to"])})
-        xs = [x for x in borders if x >= 1]
-        axis.plot(xs, [math.log(x) for x in xs], color=plots.GREY, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
+        widest = max(curves.values(), key=len)
+        xs = [x for x in sorted({c.where[key] for c in widest for key in ("from", "to")}) if x >= 1]
+        places, even = _points(widest)[0], [_mean_log(c.where["from"], c.where["to"]) for c in widest]
+        axis.plot(places, even, color=plots.GREY, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
         axis.annotate(
-            "even over all", (xs[-1], math.log(xs[-1])), (-6, 2), textcoords="offset points", color=plots.GREY,
+            "even over all", (places[-1], even[-1]), (-8, 2), textcoords="offset points", color=plots.GREY,
             fontsize=8.5, ha="right", va="bottom",
         )  # fmt: skip
         axis.set_xscale("log", base=2)
@@ -89,6 +93,11 @@ def entropy_curves(arms: Sequence[Arm], path: Path) -> Path | None:
     for line in axes:
         line[0].set_ylabel("entropy, nats")
     return plots.save_figure(figure, path)
+
+
+def _mean_log(low: int, high: int) -> float:
+    """Mean of `log(p + 1)` over the positions `low` to `high - 1`: the entropy of even attention to all before."""
+    return (math.lgamma(high + 1) - math.lgamma(low + 1)) / (high - low)
 
 
 def _points(cells) -> tuple[list[float], list[float]]:

@@ -244,10 +244,11 @@ def _attention(arms: Sequence[Arm], out: Path) -> str:
     if not found:
         return ""
     intro = (
-        "Means over held-out text, over heads and layers of a kind. Distances and masses are weighted by the "
-        "probabilities of attention; beside them stands what attention would have that gives the same to all it may "
-        "see. The first tokens are those of the document, on chunked layers of the chunk; great mass on them is a "
-        "sink, often a head's way to look at nothing."
+        "Means over held-out text, over heads and layers of a kind: the distance of what is attended to, in tokens, "
+        "weighted by probability; the mass on the first tokens of the document (on chunked layers, of the chunk) and "
+        "on the last ones; the entropy in nats, and its share of the greatest possible. Beside them, as *even*, what "
+        "attention would have that gives the same to all it may see. Great mass on the first tokens is a sink, often "
+        "a head's way to look at nothing."
     )
     text = ["## Where layers look", intro]
     text += [f"**{table.title}**\n\n{table.markdown()}" for table in found]
