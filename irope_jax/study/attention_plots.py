@@ -34,7 +34,7 @@ def head_maps(arms: Sequence[Arm], path: Path) -> Path | None:
             grid = by_head(arm, name)
             axis.set_facecolor("#dddddd")
             image = axis.imshow(grid, norm=norm, cmap="cividis", aspect="auto", interpolation="none")
-            _write_cells(axis, grid, norm, "{:.2f}" if name == "sink_mass" else "{:,.0f}")
+            _write_cells(axis, grid, norm, decimals=2 if name == "sink_mass" else 0)
             axis.grid(False, which="major")
             axis.set_xticks(range(len(grid[0])))
             axis.set_xlabel("head")
@@ -117,12 +117,12 @@ def _name_layers(axis, kinds: Sequence[str]) -> None:
             label.set_fontweight("bold" if kind.startswith("global") else "normal")
 
 
-def _write_cells(axis, grid: Sequence[Sequence[float]], norm, shape: str) -> None:
-    """Numbers in the cells where there is room for them."""
+def _write_cells(axis, grid: Sequence[Sequence[float]], norm, decimals: int) -> None:
+    """Numbers in the cells where there is room for them; at least one decimal below 10."""
     if len(grid[0]) > 12 or len(grid) > 40:
         return
     for y, line in enumerate(grid):
         for x, value in enumerate(line):
             ink = "black" if math.isnan(value) or norm(value) > 0.55 else "white"
-            text = "–" if math.isnan(value) else shape.format(value)
+            text = "–" if math.isnan(value) else f"{value:,.{decimals or int(value < 9.95)}f}"
             axis.text(x, y, text, ha="center", va="center", color=ink, fontsize=6.5)
