@@ -7,6 +7,7 @@ from pathlib import Path
 
 from irope_jax.data.tokenizer import TokenizerSpec
 from irope_jax.evals.answering import Answering
+from irope_jax.evals.attention_reach import AttentionReach
 from irope_jax.evals.cost import Cost
 from irope_jax.evals.cropped_perplexity import CroppedPerplexity
 from irope_jax.evals.evaluator import Evaluator
@@ -20,7 +21,8 @@ from irope_jax.evals.text_tasks import TextTasks
 from irope_jax.model.config import ModelConfig
 
 EvalSpec = (
-    Cost
+    AttentionReach
+    | Cost
     | CroppedPerplexity
     | LongPerplexity
     | MultipleChoice

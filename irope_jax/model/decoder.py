@@ -9,6 +9,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from irope_jax.attention.statistics import Observer
 from irope_jax.attention.stored import KeysValues
 from irope_jax.core.config import ConfigError
 from irope_jax.core.types import TokenInfo
@@ -34,6 +35,7 @@ class DecoderLayer(nn.Module):
 
     config: ModelConfig
     layer: LayerSpec
+    observe: Observer | None = None
 
     @nn.compact
     def __call__(
@@ -49,7 +51,7 @@ class DecoderLayer(nn.Module):
 
         cfg, ffn = self.config, self.layer.ffn
         norm = lambda name: Norm(cfg.norm, cfg.norm_eps, cfg.precision, name=name)
-        self_attention = SelfAttention(cfg, self.layer, name="attention")
+        self_attention = SelfAttention(cfg, self.layer, self.observe, name="attention")
         options = dict(precision=cfg.precision, init_std=cfg.init_std, out_std=cfg.residual_std, name="feed_forward")
         if isinstance(ffn, MoE):
             mixture = MixtureOfExperts(ffn, **options)
@@ -82,6 +84,7 @@ class Period(nn.Module):
     """The layers that repeat, in order; the body of the scan."""
 
     config: ModelConfig
+    observe: Observer | None = None
 
     @nn.compact
     def __call__(
@@ -95,7 +98,7 @@ class Period(nn.Module):
         if reading is None:
             cls = checkpointed_layer(self.config)
             for i, layer in enumerate(cfg.period):
-                carry = cls(cfg, layer, name=f"layer_{i}")(carry, info, turns[i])
+                carry = cls(cfg, layer, self.observe, name=f"layer_{i}")(carry, info, turns[i])
             return carry, None
         x_BTD, kept, repeat = carry
         kept = list(kept)
@@ -112,9 +115,13 @@ class Decoder(nn.Module):
     time does not grow with it. But for what is learned of positions (`SSMax`, a learned position embedding) they do not
     depend on positions, masks or temperatures: a model with another `pattern` of the same shapes uses the same
     parameters, after `restack` if its period is another.
+
+    Attributes:
+      observe: asked about the attention of every layer (`observed_attention`); None costs nothing.
     """
 
     config: ModelConfig
+    observe: Observer | None = None
 
     def setup(self):
         cfg = self.config
@@ -140,13 +147,13 @@ class Decoder(nn.Module):
             )
         scanned = nn.scan(
             Period,
-            variable_axes={"params": 0, "router": 0},
+            variable_axes={"params": 0, "router": 0, "observed": 0},
             split_rngs={"params": True},
             in_axes=nn.broadcast,
             length=cfg.num_layers // len(cfg.period),
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
-        self.periods = scanned(cfg)
+        self.periods = scanned(cfg, self.observe)
         self.final_norm = Norm(cfg.norm, cfg.norm_eps, cfg.precision)
 
     def __call__(
@@ -260,6 +267,16 @@ def routed_hidden_states(
     layers = sown.get("router", {}).get("periods", {})
     sums = {name: layer["feed_forward"]["sums"] for name, layer in layers.items()}
     return hidden_BTD, decoder.apply(variables, method="head_matrix"), sums
+
+
+def observed_attention(
+    config: ModelConfig, params: Any, tokens_BT: jax.Array, info: TokenInfo, observe: Observer
+) -> tuple[Any, ...]:
+    """What `observe` makes of the attention of each layer of the period, in order, stacked over its repeats (R)."""
+    decoder = Decoder(config, observe)
+    _, sown = decoder.apply({"params": params}, tokens_BT, info, mutable=["observed"])
+    layers = sown["observed"]["periods"]
+    return tuple(layers[f"layer_{i}"]["attention"]["found"] for i in range(len(config.period)))
 
 
 def logits(config: ModelConfig, params: Any, tokens_BT: jax.Array, info: TokenInfo) -> jax.Array:

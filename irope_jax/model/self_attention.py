@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from irope_jax.attention.mask import Chunked, Global, Sliding, phase_positions, visible_keys
 from irope_jax.attention.parts import KeySet, attend_parts
+from irope_jax.attention.statistics import Attending, Observer
 from irope_jax.attention.stored import KeysValues
 from irope_jax.context.api import attend_sharded
 from irope_jax.context.cached import attend_cached
@@ -31,10 +32,15 @@ class SelfAttention(nn.Module):
     Order of operations: bias, learned qk-norm, rotation, weightless qk-norm (Llama 4), temperature on the queries,
     softmax of `q·k / sqrt(H)`.
     Temperature comes last and touches queries only, so cached keys never depend on it.
+
+    Attributes:
+      observe: what it makes of each layer's attention is sown as `observed/found`; None computes nothing. Not asked
+        where there is a cache.
     """
 
     config: ModelConfig
     layer: LayerSpec
+    observe: Observer | None = None
 
     @nn.compact
     def __call__(
@@ -105,7 +111,9 @@ class SelfAttention(nn.Module):
         plain = info.replace(offsets=None, spreads=None)  # who sees whom does not depend on them
         parts, kept = encoding.encode_parts(layer.position, q_BTNH, k_BTKH, info, turns=turns), None
         if parts is not None:
-            out_BTNH = _in_parts([(*finish(q, k), part) for q, k, part in parts], v_BTKH, scale, cfg.attention)
+            sets = [_key_set(*finish(q, k), part) for q, k, part in parts]
+            self._observed(info, sets, scale)
+            out_BTNH = _in_parts(sets, v_BTKH, scale, cfg.attention)
         else:
             relative = encoding.is_relative(layer.position)
             at_BT = phase_positions(layer.mask, info) if relative else info.positions
@@ -114,6 +122,8 @@ class SelfAttention(nn.Module):
             encoded = encoding.encode(layer.position, q_BTNH, k_BTKH, info, at_BT, turns=turns, longest=reach)
             q_BTNH, k_BTKH = finish(*encoded)
             slopes_N = encoding.slopes(layer.position, cfg.num_heads)
+            if cache is None:
+                self._observed(info, [KeySet(q_BTNH, k_BTKH, plain, plain, layer.mask)], scale, slopes_N)
             with jax.named_scope("attend"):
                 if cache is None:
                     out_BTNH = attend_sharded(
@@ -131,8 +141,19 @@ class SelfAttention(nn.Module):
             out_BTD = out_BTD + bias("out_bias", ("features",), (cfg.d_model,))
         return out_BTD, kept
 
+    def _observed(self, info: TokenInfo, sets: list[KeySet], scale: float, slopes_N: jax.Array | None = None) -> None:
+        if self.observe is not None:
+            found = self.observe(Attending(info, self.layer.mask, tuple(sets), scale, slopes_N))
+            self.sow("observed", "found", found, reduce_fn=lambda _, new: new, init_fn=lambda: None)
 
-def _in_parts(parts: list, v_BTKH: jax.Array, scale: float, impl: str | None) -> jax.Array:
+
+def _key_set(q_BTNH: jax.Array, k_BTKH: jax.Array, part: Part) -> KeySet:
+    mask = Sliding(part.window) if part.window else Chunked(part.chunk) if part.chunk else Global()
+    q_info, k_info = (info.replace(offsets=None, spreads=None) for info in (part.q_info, part.k_info))
+    return KeySet(q_BTNH, k_BTKH, q_info, k_info, mask)
+
+
+def _in_parts(sets: list[KeySet], v_BTKH: jax.Array, scale: float, impl: str | None) -> jax.Array:
     """Attention in several parts; every device needs the whole sequence of its rows for it.
 
     Raises:
@@ -142,10 +163,4 @@ def _in_parts(parts: list, v_BTKH: jax.Array, scale: float, impl: str | None) ->
     if not mesh.empty and mesh.shape["context"] > 1:
         fix = "attention in several parts (SelfExtend, ReRoPE, dual chunk) needs whole sequences; use mesh.context=1"
         raise ConfigError("mesh.context", mesh.shape["context"], fix)
-
-    def key_set(q_BTNH, k_BTKH, part: Part) -> KeySet:
-        mask = Sliding(part.window) if part.window else Chunked(part.chunk) if part.chunk else Global()
-        q_info, k_info = (info.replace(offsets=None, spreads=None) for info in (part.q_info, part.k_info))
-        return KeySet(q_BTNH, k_BTKH, q_info, k_info, mask)
-
-    return attend_parts([key_set(*part) for part in parts], v_BTKH, scale=scale, impl=impl)
+    return attend_parts(sets, v_BTKH, scale=scale, impl=impl)

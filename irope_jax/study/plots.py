@@ -358,6 +358,11 @@ def pyplot():
     return plt
 
 
+def plain_numbers(leading: Sequence[int] = range(1, 10)):
+    """Ticks as plain numbers, of those alone that begin with one of these digits."""
+    return _ticker().FuncFormatter(lambda x, _: f"{x:,.4g}" if x > 0 and int(f"{x:e}"[0]) in leading else "")
+
+
 def _ticker():
     import matplotlib.ticker
 

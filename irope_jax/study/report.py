@@ -15,7 +15,8 @@ from pathlib import Path
 
 import irope_jax
 from irope_jax.core.records import RecordError
-from irope_jax.study import plots, tables, task_plots
+from irope_jax.study import attention_plots, plots, tables, task_plots
+from irope_jax.study.attention import attention_table
 from irope_jax.study.collect import Arm, load_arms, missing, nll_by_position, retrieval
 from irope_jax.study.cost import cost_by_length, cost_tables
 from irope_jax.study.goodput import goodput_table
@@ -59,6 +60,7 @@ def write_report(
             _tasks(arms, out),
             _likelihoods(arms),
             _cost(arms, out),
+            _attention(arms, out),
             _training(arms, out),
             _time(arms),
             _origin(arms, command),
@@ -85,6 +87,7 @@ def terminal_tables(run_directories: Sequence[str | os.PathLike]) -> list:
         effective_table(arms),
         likelihood_table(arms),
         *cost_tables(arms),
+        *map(attention_table, arms),
         goodput_table(arms),
     ]
     return [table.rich() for table in found if table is not None]
@@ -233,6 +236,27 @@ def _cost(arms: Sequence[Arm], out: Path) -> str:
     text = ["## Time and memory by length", "Medians, compilation left out.", _image(path, "time and memory by length")]
     for table in cost_tables(arms):
         text += [f"**{table.title}**", table.markdown()]
+    return "\n\n".join(text)
+
+
+def _attention(arms: Sequence[Arm], out: Path) -> str:
+    found = [table for arm in arms if (table := attention_table(arm)) is not None]
+    if not found:
+        return ""
+    intro = (
+        "Means over held-out text, over heads and layers of a kind: the distance of what is attended to, in tokens, "
+        "weighted by probability; the mass on the first tokens of the document (on chunked layers, of the chunk) and "
+        "on the last ones; the entropy in nats, and its share of the greatest possible. Beside them, as *even*, what "
+        "attention would have that gives the same to all it may see. Great mass on the first tokens is a sink, often "
+        "a head's way to look at nothing."
+    )
+    text = ["## Where layers look", intro]
+    text += [f"**{table.title}**\n\n{table.markdown()}" for table in found]
+    text.append(_image(attention_plots.head_maps(arms, out / "attention_heads.png"), "distance and sinks by head"))
+    path = attention_plots.entropy_curves(arms, out / "attention_entropy.png")
+    if path is not None:
+        text += ["Thin: layers. Thick: means of a kind. Dashed: attention that is even over the whole document."]
+        text += [_image(path, "entropy of attention by position")]
     return "\n\n".join(text)
 
 
