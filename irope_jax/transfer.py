@@ -210,7 +210,7 @@ def _import_into(
             (folder / KEPT / name).write_bytes(content)
     mark = fingerprint(values)
     with RunWriter(folder, values, mark) as writer:
-        writer.event(0, "imported", source=str(source))
+        writer.event(0, "imported", source=str(source), context=found.context)
     layouts = found.weights.layouts(experiment.model)
     total = sum(math.prod(it.shape) * it.dtype.itemsize for it in layouts.values())
     meta = {"fingerprint": mark, "config": values, "model": values["model"], "imported_from": str(source)}

@@ -1,6 +1,7 @@
 """Recipes: each resolves at full size as its paper says, and takes its shrunk stages. On eight devices."""
 
 import json
+import os
 from pathlib import Path
 
 import jax
@@ -40,6 +41,8 @@ BILLIONS = {
     "longrope": 6.74,
 }
 CONVERSIONS = ("swan", "drope")
+TRAINED = FACTS if os.environ.get("IROPE_EVERY_RECIPE") else ("prolong", "smollm3", "swan")
+"""Whose shrunk stages are taken: a length, a scaling and a kind of layer that change; all with IROPE_EVERY_RECIPE=1."""
 
 
 def config(name: str, size: str) -> dict:
@@ -143,7 +146,7 @@ def quickly(monkeypatch):
     jax.config.update("jax_disable_most_optimizations", False)
 
 
-@pytest.mark.parametrize("name", FACTS)
+@pytest.mark.parametrize("name", TRAINED)
 def test_its_shrunk_stages_train(name, tmp_path, monkeypatch, quickly):
     monkeypatch.setattr(stages_module, "build_evaluators", lambda specs, *_: [Guess(spec) for spec in specs])
     small = ["--config.model.attention=reference", "--config.data.prefetch=0"]

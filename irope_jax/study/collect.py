@@ -43,9 +43,16 @@ class Arm:
 
     @property
     def training_length(self) -> int | None:
-        """Tokens per training sequence, of the last stage where there are several; `None` if nothing says it."""
-        staged = [event.details.get("length") for event in self.run.events if event.name == "stage"]
-        return staged[-1] if staged else lookup(self.run.config, "data", "seq_len")
+        """Tokens per training sequence, of the last stage where there are several; `None` if nothing says it.
+
+        Of an imported model it is what the model says it reads, until it is trained on here.
+        """
+        events = self.run.events
+        staged = [event.details.get("length") for event in events if event.name == "stage"]
+        imported = [event.details.get("context") for event in events if event.name == "imported"]
+        if imported and not self.run.train:
+            staged = imported
+        return staged[-1] if staged and staged[-1] else lookup(self.run.config, "data", "seq_len")
 
     @property
     def planned_steps(self) -> int | None:

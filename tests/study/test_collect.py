@@ -109,6 +109,17 @@ def test_what_an_arm_says_of_itself(tmp_path):
     assert not collect.in_multiples([arm, bare]) and collect.in_multiples([arm])
 
 
+def test_the_length_of_an_imported_model_is_what_it_says_until_it_is_trained_on(tmp_path):
+    with RunWriter(tmp_path / "a", {"data": {"seq_len": 1024}}, "x", tensorboard=False) as w:
+        w.event(0, "imported", source="there", context=8192)
+    (arm,) = load_arms([tmp_path / "a"])
+    assert arm.training_length == 8192
+    with RunWriter(tmp_path / "a", {"data": {"seq_len": 1024}}, "x", tensorboard=False) as w:
+        w.train(1, {"loss": 1.0})
+    (arm,) = load_arms([tmp_path / "a"])
+    assert arm.training_length == 1024
+
+
 def test_runs_of_one_name_are_told_apart(tmp_path):
     paths = [make_run(tmp_path / d, n, done=0, evaluations=()) for d, n in (("x", "a"), ("y", "a"), ("y", "b"))]
     (tmp_path / "y" / "a").rename(tmp_path / "y" / "c")
