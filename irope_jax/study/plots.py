@@ -153,7 +153,7 @@ def draw_maps(maps: Sequence[tuple[Arm, str, Sequence[Cell]]], path: Path, what:
             spine.set_visible(False)
         letters = max(8, int(0.85 * width / columns * 72 / 6.5))
         axis.set_title("\n".join(textwrap.wrap(title, letters)), color=run_colour(arm))
-        heads = [f"{times(arm.multiple(n))}\n{n:,}" if arm.training_length else f"{n:,}" for n in lengths]
+        heads = [f"{times(arm.multiple(n))}\n{short_tokens(n)}" if arm.training_length else f"{n:,}" for n in lengths]
         axis.set_xticks(range(len(lengths)), heads, fontsize=8)
         if place % columns == 0:
             axis.set_yticks(range(len(depths)), [f"{100 * depth:.0f} %" for depth in depths], fontsize=8)
