@@ -25,7 +25,7 @@ from irope_jax.model.feed_forward import FeedForward, SwiGLU
 from irope_jax.model.grouped import grouped_dot, permute
 from irope_jax.model.remat import named
 from irope_jax.model.routing import Balance, RouterSpec, Routing, SigmoidRouter, route, router_sums
-from irope_jax.sharding.rules import length_axis, spec
+from irope_jax.sharding.rules import RULES, length_axis, spec
 
 log = logging.getLogger(__name__)
 
@@ -232,8 +232,8 @@ def _group_size(cfg: MoE, info: TokenInfo, parts: int) -> int | None:
 
 
 def _local(cfg, x_BTD, chosen_BTk, score_BTk, weights, *, group, parts, exchange):
-    """Shapes below are per device. Weights of its own experts are gathered over fsdp as any parameter's."""
-    gather = lambda w, axis: lax.all_gather(w, "fsdp", axis=axis, tiled=True)
+    """Shapes below are per device. Weights of its own experts are gathered along `embed` as any parameter's."""
+    gather = lambda w, axis: lax.all_gather(w, RULES["embed"], axis=axis, tiled=True)
     weights = ExpertWeights(gather(weights.gate, 1), gather(weights.up, 1), gather(weights.down, 2))
     if exchange == "weights" and parts > 1:
         weights = ExpertWeights(*(lax.all_gather(w, "expert", axis=0, tiled=True) for w in weights))
