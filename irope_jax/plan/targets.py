@@ -14,7 +14,7 @@ import importlib.util
 import os
 import platform
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
 import jax
@@ -138,8 +138,9 @@ def simulate(targets: Sequence[str]) -> None:
         for name, _, shape in (target.partition(":") for target in targets)
         if name == "cpu" and shape.isdecimal()
     ]
-    if counts:
-        jax.config.update("jax_num_cpu_devices", max(counts))
+    if counts and max(counts):
+        with suppress(RuntimeError):  # jax has started already: `target_devices` says how many there are
+            jax.config.update("jax_num_cpu_devices", max(counts))
 
 
 def target_mesh(target: str | Sequence[jax.Device], config: MeshConfig) -> Mesh:
