@@ -55,7 +55,7 @@ class DecoderLayer(nn.Module):
         options = dict(precision=cfg.precision, init_std=cfg.init_std, out_std=cfg.residual_std, name="feed_forward")
         if isinstance(ffn, MoE):
             mixture = MixtureOfExperts(ffn, **options)
-            feed_forward = lambda x_BTD: mixture(x_BTD, info)
+            feed_forward = lambda x_BTD: mixture(x_BTD, info, cut="embed" if cache is None else "group_embed")
         else:
             feed_forward = FeedForward(ffn, **options)
         # Named inside what is checkpointed: the layer then starts from the named one, which may lie on the host.

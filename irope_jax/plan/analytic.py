@@ -112,7 +112,7 @@ def closed_form(job: Job) -> Figures:
       ConfigError: the sequence cannot be cut so.
     """
     model, mesh = job.model, job.mesh
-    held, item = weights(model, mesh), jnp.dtype(model.precision.params).itemsize
+    held, item = weights(model, _weights_mesh(job)), jnp.dtype(model.precision.params).itemsize
     parameters = sum(w.size * w.repeats // w.parts for w in held) * item
     sent, sent_by = {}, {}
 
@@ -142,6 +142,11 @@ def closed_form(job: Job) -> Figures:
         parameters=parameters, cache=cache, flops=flops, total=parameters + cache, traffic=float(parameters + cache),
         sent=sent, sent_by=dict(sorted(sent_by.items())),
     )  # fmt: skip
+
+
+def _weights_mesh(job: Job) -> MeshConfig:
+    """The axes that cut weights: for decoding they are whole along `context`."""
+    return job.mesh if job.mode == "train" else replace(job.mesh, context=1)
 
 
 def visible_keys(layer: LayerSpec, length: int) -> int:
@@ -317,7 +322,7 @@ def _send_cached(job: Job, send) -> None:
     rows = job.rows // mesh.batch_parts
     queries = rows * (job.piece if job.mode == "prefill" else 1)
     repeats = model.num_layers // len(model.period)
-    for w in weights(model, mesh):
+    for w in weights(model, _weights_mesh(job)):
         if w.gathered > 1:
             here = w.size * w.repeats / (w.parts / w.gathered)
             send(w.layer, "all-gather", here * item * (w.gathered - 1) / w.gathered)

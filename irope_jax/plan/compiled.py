@@ -50,9 +50,9 @@ def abstract_cache(model: ModelConfig, spec: CacheSpec, mesh: Mesh) -> KVCache:
 
 
 def abstract_weights(model: ModelConfig, mesh: Mesh):
-    """Parameters alone, as `irope generate` and `irope eval` hold them."""
+    """Parameters alone, as `irope generate` holds them."""
     boxed = abstract_params(model)
-    return _lie(nn.meta.unbox(boxed), tree_shardings(boxed, mesh))
+    return _lie(nn.meta.unbox(boxed), tree_shardings(boxed, mesh, whole_along_context=True))
 
 
 def _lie(abstract, shardings):

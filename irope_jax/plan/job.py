@@ -70,7 +70,7 @@ class Figures:
       kept: activations that wait on the device for the backward pass of their layer.
       host: bytes in the host's memory, moments and offloaded activations.
       temporaries: all that a step holds beside what it is given, `kept` included.
-      total: arguments, temporaries and what comes out and does not lie where something went in.
+      total: most that is allocated at once: arguments, temporaries and what comes out in a place of its own.
       flops: matrix products, those inside kernels included.
       kernel_flops: those inside kernels alone.
       traffic: between the chip and its memory.

@@ -102,14 +102,17 @@ def read(job: Job, compiled: jax.stages.Compiled, held: dict[str, int], seconds:
     cost = analyse(text)
     inside = kernel_flops(job, cost)
     fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    given = memory.argument_size_in_bytes
+    # What is allocated at once. `temp_size_in_bytes` also counts buffers that share their place, up to half as much.
+    total = max(memory.peak_memory_in_bytes, given + fresh)
     return Figures(
         parameters=held["parameters"],
         optimizer=held["optimizer"],
         cache=held["cache"],
         kept=kept_bytes(job, text) if job.mode == "train" else None,
         host=memory.host_argument_size_in_bytes + memory.host_temp_size_in_bytes,
-        temporaries=memory.temp_size_in_bytes,
-        total=memory.argument_size_in_bytes + memory.temp_size_in_bytes + fresh,
+        temporaries=total - given - fresh,
+        total=total,
         flops=cost.matmul_flops_max + inside,
         kernel_flops=inside,
         traffic=closed_form(job).traffic,

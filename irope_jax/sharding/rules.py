@@ -159,12 +159,14 @@ def check_divides(name: str | None, size: int, devices: Mapping[str, int], where
         rest //= devices[axis]
 
 
-def tree_shardings(boxed: Any, mesh: Mesh | AbstractMesh) -> Any:
+def tree_shardings(boxed: Any, mesh: Mesh | AbstractMesh, *, whole_along_context: bool = False) -> Any:
     """Shardings of a tree of (abstract) arrays; leaves boxed by `nn.with_logical_partitioning` follow their names.
 
     Args:
       boxed: arrays or `ShapeDtypeStruct`s; unboxed leaves are replicated.
       mesh: the mesh to lay them on; an abstract one says as much, and holds no devices.
+      whole_along_context: parameters for decoding: every device of `context` has all of its columns, as a token would
+        otherwise wait for them in every layer.
 
     Returns:
       The same tree, unboxed, with a `NamedSharding` at each leaf.
@@ -180,8 +182,9 @@ def tree_shardings(boxed: Any, mesh: Mesh | AbstractMesh) -> Any:
             return leaf.value
         where = jax.tree_util.keystr(path, simple=True, separator="/")
         shape = tuple(leaf.value.shape)
-        for size, name in zip(shape, leaf.names, strict=True):
+        names = tuple("group_embed" if whole_along_context and name == "embed" else name for name in leaf.names)
+        for size, name in zip(shape, names, strict=True):
             check_divides(name, size, mesh.shape, f"{where} {shape}")
-        return NamedSharding(mesh, spec(leaf.names))
+        return NamedSharding(mesh, spec(names))
 
     return jax.tree_util.tree_map_with_path(lay, boxed, is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
