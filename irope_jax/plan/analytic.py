@@ -37,6 +37,10 @@ REMATERIALISED = ("full", "attention", "offload", "offload_inputs")
 KEEPS_ATTENTION = ("attention", "offload", "none", "dots")
 
 
+LANES = 128
+"""Numbers in a row of a TPU's tile."""
+
+
 @dataclass(frozen=True)
 class Weight:
     """A matrix of the model.
@@ -235,7 +239,11 @@ def _training_traffic(job: Job, held: list[Weight], parameters: int, moments: in
 
 
 def _send_weights(job: Job, send) -> None:
-    """Weights gathered for each pass, gradients summed: where the mesh cuts or repeats them."""
+    """Weights gathered for each pass, gradients summed: where the mesh cuts or repeats them.
+
+    As compilers do it: a gradient is summed whole and then cut, and pieces that do not fill lanes are gathered as a sum
+    of whole arrays that are zero elsewhere. Both cost twice the bytes of what was asked for.
+    """
     model, compute = job.model, jnp.dtype(job.model.precision.compute).itemsize
     stored = jnp.dtype(model.precision.params).itemsize
     again = 2 if model.remat in REMATERIALISED and model.num_layers > len(model.period) else 1
@@ -244,8 +252,9 @@ def _send_weights(job: Job, send) -> None:
         rest = (w.gathered - 1) / w.gathered
         if w.gathered > 1:
             passes = again if w.layer is not None else 1
-            send(w.layer, "all-gather", job.train.accumulate * passes * here * compute * rest)
-            send(w.layer, "reduce-scatter", job.train.accumulate * here * compute * rest)
+            kind, times = ("all-gather", 1) if model.d_model // w.gathered % LANES == 0 else ("all-reduce", 2)
+            send(w.layer, kind, job.train.accumulate * passes * here * compute * rest * times)
+            send(w.layer, "all-reduce", job.train.accumulate * 2 * here * compute * rest)
         n = w.summed
         if n > 1:
             kind = "all-reduce"
@@ -326,6 +335,12 @@ def _send_cached(job: Job, send) -> None:
         if w.gathered > 1:
             here = w.size * w.repeats / (w.parts / w.gathered)
             send(w.layer, "all-gather", here * item * (w.gathered - 1) / w.gathered)
+    if mesh.fsdp * mesh.context > 1:
+        rest = 1 - 1 / (mesh.fsdp * mesh.context)
+        send(None, "all-gather", queries * model.d_model * item * rest)
+    if mesh.tensor > 1:  # the table is cut by words, and looked up in the type it has
+        stored = jnp.dtype(model.precision.params).itemsize
+        send(None, "all-reduce", 2 * (1 - 1 / mesh.tensor) * queries * model.d_model * stored)
     for i, layer in enumerate(model.period):
         if mesh.context > 1 and layer.mask.reach is None:
             heads = model.num_heads // mesh.tensor

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from irope_jax.experiment import check_devices, resolve
+from pathlib import Path
+
+from irope_jax.experiment import check_devices, load_config, resolve
 from irope_jax.plan.job import Job
 from irope_jax.sharding.mesh import MeshConfig
 
@@ -51,8 +53,20 @@ CELLS = {
 }
 
 
+WHOLE = {
+    # name: (target, config file, devices); minutes each
+    "Scout, 1,048,576 tokens": ("v5p:4x4x4", "llama4_scout.py:1m", 64),
+    "Llama 3.1 8B, 131,072 tokens": ("v5p:4x4x8", "llama3_8b.py", 128),
+}
+
+
 def job_of(name: str) -> tuple[str, Job]:
     """`(target, job)` of a cell. XLA:CPU sends bfloat16 as float32, so there it computes in float32."""
+    if name in WHOLE:
+        target, file, devices = WHOLE[name]
+        experiment = resolve(load_config(str(Path(__file__).parents[2] / "configs" / file)))
+        shared = dict(model=experiment.model, data=experiment.data, train=experiment.train)
+        return target, Job(**shared, mesh=check_devices(experiment, devices))
     target, mode, ffn, mesh, length, rows, remat, near = CELLS[name]
     compute = "float32" if target.startswith("cpu") else "bfloat16"
     batch = rows if mode == "train" else 1
