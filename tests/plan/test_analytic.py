@@ -28,7 +28,7 @@ def scout(devices=64, **changes):
 
 
 DISAGREE = {
-    "cpu, fsdp x context": "XLA:CPU sums the gradient of the head once more; blockwise attention keeps a fifth more",
+    "cpu, fsdp x context": "by hand 17 % too little: XLA:CPU sums the gradient of the head once more",
 }
 """Cells in which the closed form is not within the bounds, and why."""
 
@@ -39,11 +39,13 @@ def test_it_agrees_with_the_compiler(name):
         pytest.skip("not compiled yet: python scripts/refresh_plan_cells.py")
     if name in DISAGREE:
         pytest.xfail(DISAGREE[name])
-    compiled, by_hand = Figures.of(STORED[name]), closed_form(job_of(name)[1])
+    job = job_of(name)[1]
+    compiled, by_hand = Figures.of(STORED[name]), closed_form(job)
     for field in ("parameters", "optimizer", "cache"):
         assert getattr(by_hand, field) == pytest.approx(getattr(compiled, field), rel=0.10), field
     assert by_hand.sent_bytes == pytest.approx(compiled.sent_bytes, rel=0.10)
-    if compiled.kept is not None:
+    # Of two repeats, other arrays with a leading axis of 2 cannot be told from what is stacked.
+    if compiled.kept is not None and job.model.num_layers > 2 * len(job.model.period):
         assert by_hand.kept == pytest.approx(compiled.kept, rel=0.20)
 
 
