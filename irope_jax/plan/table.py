@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from irope_jax.core.chips import Chip
 from irope_jax.plan.job import Failure, Figures, Job, Roofline, roofline
@@ -32,10 +32,17 @@ def plan_lines(
     lines += [f"  {line}" for line in _memory(chip, compiled, by_hand)]
     lines += [f"  {line}" for line in _work(compiled, by_hand)]
     if chip is not None:
-        lines += [f"  {line}" for line in _time(compiled or by_hand, chip)]
+        lines += [f"  {line}" for line in _time(timed(compiled, by_hand), chip)]
     if compiled is not None and compiled.seconds:
         lines.append(f"  traced in {compiled.seconds[0]:.0f} s, compiled in {compiled.seconds[1]:.0f} s")
     return lines
+
+
+def timed(compiled: Figures | Failure | None, by_hand: Figures) -> Figures:
+    """The compiler's figures; FLOPs by hand where its program has loops of unknown length, as decoding has."""
+    if not isinstance(compiled, Figures):
+        return by_hand
+    return replace(compiled, flops=max(compiled.flops, by_hand.flops)) if compiled.unknown_trips else compiled
 
 
 def _memory(chip: Chip | None, compiled: Figures | None, by_hand: Figures) -> list[str]:
@@ -57,6 +64,10 @@ def _memory(chip: Chip | None, compiled: Figures | None, by_hand: Figures) -> li
     return _columns(rows)
 
 
+def _unsure(compiled: Figures | None) -> bool:
+    return compiled is not None and compiled.unknown_trips > 0
+
+
 def fits(total: float, chip: Chip | None) -> str:
     """`fits 95 GB`, `short by 3.2 GB of 95`."""
     if chip is None or not chip.memory:
@@ -69,7 +80,7 @@ def fits(total: float, chip: Chip | None) -> str:
 def _work(compiled: Figures | None, by_hand: Figures) -> list[str]:
     of = lambda name: tuple(None if one is None else getattr(one, name) for one in (compiled, by_hand))
     rows = [("work of a device", "compiler", "by hand", "")]
-    rows.append(("FLOPs", *(_number(x) for x in of("flops")), flag(*of("flops"))))
+    rows.append(("FLOPs", *(_number(x) for x in of("flops")), "" if _unsure(compiled) else flag(*of("flops"))))
     if compiled is not None and compiled.kernel_flops:
         rows.append(("  of them in kernels", _number(compiled.kernel_flops), "", ""))
     rows.append(("memory traffic, at least", "", _giga(by_hand.traffic), ""))
@@ -82,7 +93,9 @@ def _work(compiled: Figures | None, by_hand: Figures) -> list[str]:
         rows.append((f"  {layer or 'outside layers'}", *(_giga(x) for x in pair), ""))
     lines = _columns(rows)
     if compiled is not None and compiled.unknown_trips:
-        lines.append(f"{compiled.unknown_trips} loops have no known number of rounds; they are counted once")
+        lines.append(
+            f"{compiled.unknown_trips} loops have no known number of rounds; they are counted once, so FLOPs are by hand"
+        )
     return lines
 
 
@@ -109,7 +122,7 @@ def flag(compiled: float | None, by_hand: float | None) -> str:
 def as_values(job: Job, target: str, chip: Chip | None, compiled: Figures | Failure | None, by_hand: Figures) -> dict:
     """For `--json`: bytes, FLOPs and seconds as numbers."""
     best: Figures = compiled if isinstance(compiled, Figures) else by_hand
-    found: Roofline | None = None if chip is None else roofline(best, chip)
+    found: Roofline | None = None if chip is None else roofline(timed(compiled, by_hand), chip)
     values = {
         "target": target, "mode": job.mode, "seq_len": job.length, "mesh": job.mesh.sizes, "devices": job.devices,
         "rows": job.data.batch_size if job.mode == "train" else job.rows, "by_hand": asdict(by_hand),
