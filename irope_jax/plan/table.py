@@ -93,9 +93,7 @@ def _work(compiled: Figures | None, by_hand: Figures) -> list[str]:
         rows.append((f"  {layer or 'outside layers'}", *(_giga(x) for x in pair), ""))
     lines = _columns(rows)
     if compiled is not None and compiled.unknown_trips:
-        lines.append(
-            f"{compiled.unknown_trips} loops have no known number of rounds; they are counted once, so FLOPs are by hand"
-        )
+        lines.append(f"{compiled.unknown_trips} loops of unknown length are counted once: the time takes FLOPs by hand")
     return lines
 
 
