@@ -16,6 +16,7 @@ from typing import NoReturn
 from irope_jax import __version__
 from irope_jax.core.config import ConfigError, nearest
 from irope_jax.generate_flags import add_generate
+from irope_jax.plan_flags import add_plan
 
 DESCRIPTION = """\
 Train, extend, measure and compare long-context language models (iRoPE and its rivals) in JAX.
@@ -23,6 +24,7 @@ Train, extend, measure and compare long-context language models (iRoPE and its r
 A run is a config file; every value of it can be changed on the command line:
 
   irope show   --config=configs/debug.py                      what would run: values, layers, bytes a device
+  irope plan   --config=configs/debug.py --target=v5e:2x2     what a step costs on chips that are not here
   irope train  --config=configs/debug.py                      train into runs/debug, or go on where it stopped
   irope train  --config=configs/debug.py --config.model.num_layers=8 --run-dir=runs/deep
   irope launch --processes=4 -- train --config=configs/debug.py
@@ -340,6 +342,7 @@ examples:
     show.add_argument(
         "--decode", type=int, metavar="LENGTH", help="also what the cache of a row of so many tokens takes, by layer"
     )
+    add_plan(verb, CONFIG_HELP)
     return parser, verbs.choices
 
 

@@ -52,7 +52,7 @@ def generate_verb(args: argparse.Namespace, overrides: list[tuple[str, str]]) ->
     streams = Streams(tokenizer, args.stop or (), shown_at_once=len(prompts) * spec.samples == 1)
     mesh = make_mesh(experiment.mesh.fill(jax.device_count()))
     with jax.set_mesh(mesh):
-        params, step = params_for(directory, trained.model, experiment.model, mesh, args.step)
+        params, step = params_for(directory, trained.model, experiment.model, mesh, args.step, for_decoding=True)
         log.info("%s, step %d", directory, step)
         generator, prefix = Generator(model, params, spec), None
         total = len(book) + sum(map(len, prompts))

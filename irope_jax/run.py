@@ -29,6 +29,7 @@ from irope_jax.generate import generate_verb
 from irope_jax.join import join
 from irope_jax.model.config import draw_layers
 from irope_jax.plan.parts import seconds_by_part
+from irope_jax.planning import plan_verb
 from irope_jax.position.longrope_search import SearchError
 from irope_jax.prepare import prepare_verb
 from irope_jax.search import search_rope_verb
@@ -282,6 +283,7 @@ VERBS = {
     "export": export_verb,
     "generate": generate_verb,
     "import": import_verb,
+    "plan": plan_verb,
     "prepare": prepare_verb,
     "report": report_verb,
     "search-rope": search_rope_verb,

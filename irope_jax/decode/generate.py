@@ -248,7 +248,7 @@ class Generator:
         return np.asarray([bool(row.ended) for row in rows])
 
     def _one_by_one(self, cache, prompts, rows, samples_B, done_B, on_tokens) -> int:
-        step, steps = _several(self.model, self.spec.sampling, self.spec.stop_tokens, self.spec.steps), 0
+        step, steps = several_steps(self.model, self.spec.sampling, self.spec.stop_tokens, self.spec.steps), 0
         while not done_B.all():
             last_B = np.asarray([row.tokens[-1] if row.tokens else 0 for row in rows], np.int32)
             left_B = np.asarray([self.spec.tokens - len(row.tokens) for row in rows], np.int32)
@@ -281,7 +281,7 @@ def _first(sampling: Sampling) -> Callable:
 
 
 @functools.lru_cache(maxsize=16)
-def _several(model: ModelConfig, sampling: Sampling, stops: tuple[int, ...], steps: int) -> Callable:
+def several_steps(model: ModelConfig, sampling: Sampling, stops: tuple[int, ...], steps: int) -> Callable:
     """`(params, cache, last_B, done_B, left_B, samples_B) -> (cache, new [B, steps], steps taken)`."""
 
     def run(params, cache: KVCache, last_B, done_B, left_B, samples_B):

@@ -8,7 +8,10 @@ import jax
 
 
 def stepping(run: Callable) -> Callable:
-    """`run(params, cache, *rest) -> (cache, *found)`, compiled; the cache that goes in must not be used again."""
+    """`run(params, cache, *rest) -> (cache, *found)`, compiled; the cache that goes in must not be used again.
+
+    Its attribute `lower`, called alike with shapes, gives the same as `jax.jit(…).lower`.
+    """
 
     def step(params, own, prefix, *rest):
         cache, *found = run(params, own.replace(prefix=prefix), *rest)
@@ -20,4 +23,5 @@ def stepping(run: Callable) -> Callable:
         own, *found = compiled(params, cache.replace(prefix=None), cache.prefix, *rest)
         return own.replace(prefix=cache.prefix), *found
 
+    call.lower = lambda params, cache, *rest: compiled.lower(params, cache.replace(prefix=None), cache.prefix, *rest)
     return call

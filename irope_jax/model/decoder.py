@@ -25,7 +25,7 @@ from irope_jax.model.self_attention import SelfAttention
 from irope_jax.position.absolute import Learned, Sinusoidal, sinusoids
 from irope_jax.position.rope import Turns
 from irope_jax.sharding.lookup import look_up
-from irope_jax.sharding.rules import constrain
+from irope_jax.sharding.rules import constrain, gathered
 
 PeriodTurns = tuple[Turns | None, ...] | None
 
@@ -55,7 +55,7 @@ class DecoderLayer(nn.Module):
         options = dict(precision=cfg.precision, init_std=cfg.init_std, out_std=cfg.residual_std, name="feed_forward")
         if isinstance(ffn, MoE):
             mixture = MixtureOfExperts(ffn, **options)
-            feed_forward = lambda x_BTD: mixture(x_BTD, info)
+            feed_forward = lambda x_BTD: mixture(x_BTD, info, cut="embed" if cache is None else "group_embed")
         else:
             feed_forward = FeedForward(ffn, **options)
         # Named inside what is checkpointed: the layer then starts from the named one, which may lie on the host.
@@ -200,7 +200,7 @@ class Decoder(nn.Module):
     def head_matrix(self) -> jax.Array:
         """`w_DV`, in the compute type: logits are `hidden @ w_DV`."""
         w_DV = self.embedding.T if self.config.output_head == "tied" else self.head
-        return w_DV.astype(jnp.dtype(self.config.precision.compute))
+        return gathered(w_DV.astype(jnp.dtype(self.config.precision.compute)), ("embed", "vocab"))
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Any:

@@ -20,7 +20,7 @@ from irope_jax.core.config import ConfigError
 from irope_jax.core.types import Array, Precision
 from irope_jax.model.layers import project
 from irope_jax.model.remat import named
-from irope_jax.sharding.rules import token_parts
+from irope_jax.sharding.rules import gathered, token_parts
 
 
 @dataclass(frozen=True)
@@ -161,7 +161,7 @@ class FeedForward(nn.Module):
 
         def weight(name: str, axes: tuple[str, str], shape: tuple[int, int], std: float) -> jax.Array:
             init = nn.with_logical_partitioning(nn.initializers.normal(std), axes)
-            return self.param(name, init, shape, jnp.dtype(self.precision.params)).astype(compute)
+            return gathered(self.param(name, init, shape, jnp.dtype(self.precision.params)).astype(compute), axes)
 
         gate_DF = weight("gate", ("embed", "mlp"), (width, hidden), self.init_std)
         up_DF = weight("up", ("embed", "mlp"), (width, hidden), self.init_std)

@@ -25,7 +25,7 @@ from irope_jax.model.feed_forward import FeedForward, SwiGLU
 from irope_jax.model.grouped import grouped_dot, permute
 from irope_jax.model.remat import named
 from irope_jax.model.routing import Balance, RouterSpec, Routing, SigmoidRouter, route, router_sums
-from irope_jax.sharding.rules import length_axis, spec
+from irope_jax.sharding.rules import RULES, length_axis, spec
 
 log = logging.getLogger(__name__)
 
@@ -127,8 +127,11 @@ class MixtureOfExperts(nn.Module):
     out_std: float | None = None
 
     @nn.compact
-    def __call__(self, x_BTD: jax.Array, info: TokenInfo) -> jax.Array:
-        """Hidden states `[B, T, D]` to the contribution of this layer to the residual stream `[B, T, D]`."""
+    def __call__(self, x_BTD: jax.Array, info: TokenInfo, cut: str = "embed") -> jax.Array:
+        """Hidden states `[B, T, D]` to the contribution of this layer to the residual stream `[B, T, D]`.
+
+        `cut` is the logical axis by which the columns of the experts are laid out.
+        """
         cfg, width = self.spec, x_BTD.shape[-1]
         compute, params = jnp.dtype(self.precision.compute), jnp.dtype(self.precision.params)
         out_std = self.init_std if self.out_std is None else self.out_std
@@ -154,7 +157,7 @@ class MixtureOfExperts(nn.Module):
         routing = route(cfg.router, logits_BTE, cfg.top_k, bias_E)
         real_BT = info.segments != PAD_SEGMENT
         x_BTD = x_BTD.astype(compute)
-        out_BTD, dropped = mixture(cfg, x_BTD, routing, weights, info, real_BT)
+        out_BTD, dropped = mixture(cfg, x_BTD, routing, weights, info, real_BT, cut)
         sums = router_sums(cfg.router, logits_BTE, routing.chosen, real_BT).replace(dropped=dropped)
         self.sow("router", "sums", sums, reduce_fn=lambda _, new: new, init_fn=lambda: None)
         if cfg.shared is not None:
@@ -164,7 +167,13 @@ class MixtureOfExperts(nn.Module):
 
 
 def mixture(
-    cfg: MoE, x_BTD: jax.Array, routing: Routing, weights: ExpertWeights, info: TokenInfo, real_BT: jax.Array
+    cfg: MoE,
+    x_BTD: jax.Array,
+    routing: Routing,
+    weights: ExpertWeights,
+    info: TokenInfo,
+    real_BT: jax.Array,
+    cut: str = "embed",
 ) -> tuple[jax.Array, jax.Array]:
     """`(out_BTD, dropped)`: the weighed sum of each token's experts, over the mesh in force, and lost assignments.
 
@@ -185,9 +194,9 @@ def mixture(
     tokens = x_BTD.shape[0] * x_BTD.shape[1] // (sizes["data"] * sizes["fsdp"] * sizes["expert"])
     tokens = tokens // sizes["context"] if places else tokens
     exchange = _exchange(cfg, tokens, sizes["expert"])
-    local = partial(_local, cfg, group=group, parts=sizes["expert"], exchange=exchange)
+    local = partial(_local, cfg, group=group, parts=sizes["expert"], exchange=exchange, cut=cut)
     by_token = spec(("batch", places, None))
-    in_out, out_in = spec(("expert", "embed", "mlp")), spec(("expert", "mlp", "embed"))
+    in_out, out_in = spec(("expert", cut, "mlp")), spec(("expert", "mlp", cut))
     return jax.shard_map(
         local,
         in_specs=(by_token, by_token, by_token, ExpertWeights(in_out, in_out, out_in)),
@@ -231,9 +240,9 @@ def _group_size(cfg: MoE, info: TokenInfo, parts: int) -> int | None:
     return cfg.dispatch.group
 
 
-def _local(cfg, x_BTD, chosen_BTk, score_BTk, weights, *, group, parts, exchange):
-    """Shapes below are per device. Weights of its own experts are gathered over fsdp as any parameter's."""
-    gather = lambda w, axis: lax.all_gather(w, "fsdp", axis=axis, tiled=True)
+def _local(cfg, x_BTD, chosen_BTk, score_BTk, weights, *, group, parts, exchange, cut):
+    """Shapes below are per device. Weights of its own experts are gathered as any parameter's."""
+    gather = lambda w, axis: lax.all_gather(w, RULES[cut], axis=axis, tiled=True)
     weights = ExpertWeights(gather(weights.gate, 1), gather(weights.up, 1), gather(weights.down, 2))
     if exchange == "weights" and parts > 1:
         weights = ExpertWeights(*(lax.all_gather(w, "expert", axis=0, tiled=True) for w in weights))

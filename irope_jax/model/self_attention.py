@@ -24,6 +24,7 @@ from irope_jax.model.remat import named
 from irope_jax.position import encoding, temperature
 from irope_jax.position.extension import Part
 from irope_jax.position.rope import Turns
+from irope_jax.sharding.rules import gathered
 
 
 class SelfAttention(nn.Module):
@@ -57,7 +58,7 @@ class SelfAttention(nn.Module):
 
         def weight(name, axes, dims, std):
             init = nn.with_logical_partitioning(nn.initializers.normal(std), axes)
-            return self.param(name, init, dims, params).astype(compute)
+            return gathered(self.param(name, init, dims, params).astype(compute), axes)
 
         w_q_DNH = weight("query", ("embed", "heads", "head_dim"), shape(cfg.num_heads), cfg.init_std)
         w_k_DKH = weight("key", ("embed", "kv_heads", "head_dim"), shape(cfg.num_kv_heads), cfg.init_std)

@@ -14,7 +14,8 @@ import importlib.util
 import os
 import platform
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 
 import jax
 from jax.experimental import topologies
@@ -23,23 +24,57 @@ from jax.sharding import AxisType, Mesh
 from irope_jax.core.config import ConfigError
 from irope_jax.sharding.mesh import AXES, MeshConfig
 
-H100 = """
-gpu_device_info {
-  threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: 2048
-  shared_memory_per_block: 49152  shared_memory_per_core: 233472  shared_memory_per_block_optin: 232448
-  core_count: 132  fpus_per_core: 128  clock_rate_ghz: 1.98
-  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
-  memory_bandwidth: 3352320000000  l2_cache_size: 52428800  device_memory_size: 85029158912
-  registers_per_core_limit: 65536  registers_per_block_limit: 65536
-  cuda_compute_capability { major: 9 }
-}
-platform_name: "CUDA"
-dnn_version_info { major: 9 minor: 8 }
-device_description_str: "NVIDIA H100 80GB HBM3"
-"""
-"""What XLA asks of a GPU (its `GpuTargetConfigProto`), with the numbers of the SXM board's data sheet."""
 
-GPUS = {"h100": H100}
+@dataclass(frozen=True)
+class Board:
+    """What XLA asks of a GPU (its `GpuTargetConfigProto`), with the numbers of the SXM board.
+
+    Memory, bandwidth, multiprocessors and clock are of NVIDIA's data sheets and architecture papers (A100 80 GB, H100,
+    H200, HGX B200); shared memory is of the table of technical specifications by compute capability in the CUDA C++
+    Programming Guide.
+    """
+
+    name: str
+    cores: int
+    fpus: int
+    clock: float
+    capability: int
+    bandwidth: int
+    memory: int
+    cache: int
+    shared: int
+    shared_block: int
+
+    @property
+    def proto(self) -> str:
+        return f"""
+gpu_device_info {{
+  threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: 2048
+  shared_memory_per_block: 49152  shared_memory_per_core: {self.shared}
+  shared_memory_per_block_optin: {self.shared_block}
+  core_count: {self.cores}  fpus_per_core: {self.fpus}  clock_rate_ghz: {self.clock}
+  block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
+  memory_bandwidth: {self.bandwidth}  l2_cache_size: {self.cache}  device_memory_size: {self.memory}
+  registers_per_core_limit: 65536  registers_per_block_limit: 65536
+  cuda_compute_capability {{ major: {self.capability} }}
+}}
+platform_name: "CUDA"
+dnn_version_info {{ major: 9 minor: 8 }}
+device_description_str: "{self.name}"
+"""
+
+
+_MIB, _KIB = 2**20, 2**10
+GPUS = {
+    "a100": Board(
+        "NVIDIA A100-SXM4-80GB", 108, 64, 1.41, 8, 2_039 * 10**9, 80 * 10**9, 40 * _MIB, 164 * _KIB, 163 * _KIB
+    ),
+    "h100": Board(
+        "NVIDIA H100 80GB HBM3", 132, 128, 1.98, 9, 3_352_320_000_000, 85_029_158_912, 50 * _MIB, 228 * _KIB, 227 * _KIB
+    ),
+    "h200": Board("NVIDIA H200", 132, 128, 1.98, 9, 4_800 * 10**9, 141 * 10**9, 50 * _MIB, 228 * _KIB, 227 * _KIB),
+    "b200": Board("NVIDIA B200", 148, 128, 1.96, 10, 7_700 * 10**9, 180 * 10**9, 126 * _MIB, 228 * _KIB, 227 * _KIB),
+}
 
 ENVIRONMENT = {
     "TPU_SKIP_MDS_QUERY": "1",  # else libtpu asks the network what machine this is
@@ -58,8 +93,8 @@ def target_devices(target: str) -> list[jax.Device]:
     """Devices of a described target, which can be compiled for and never run on.
 
     Args:
-      target: a TPU topology such as `v5e:2x2`, `v5p:4x4x4`, `v6e:8x8`, or a GPU's name and how many of one host, such
-        as `h100:8`.
+      target: a TPU topology such as `v5e:2x2`, `v5p:4x4x4`, `v6e:8x8`; a GPU's name and how many of one host, such as
+        `h100:8`; or `cpu:8`, simulated devices, of which jax must have been started with as many (`simulate`).
 
     Raises:
       TargetError: an unknown target, or its compiler is not installed.
@@ -69,12 +104,20 @@ def target_devices(target: str) -> list[jax.Device]:
         raise TargetError("target", target, "give a chip and a topology, such as v5p:4x4x4 or h100:8")
     for variable, value in ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
+    if name == "cpu":
+        if not shape.isdecimal() or not int(shape):
+            raise TargetError("target", target, "give the number of simulated devices, such as cpu:8")
+        devices = jax.devices("cpu")
+        if len(devices) < int(shape):
+            raise TargetError("target", target, f"jax was started with {len(devices)} CPU devices; ask for no more")
+        return devices[: int(shape)]
     if name.lower() in GPUS:
         if importlib.util.find_spec("jax_plugins") is None or not importlib.util.find_spec("jax_plugins.xla_cuda12"):
-            raise TargetError("target", target, "needs jax's CUDA plugin; install the `cuda` extra")
+            fix = "needs jax's CUDA plugin; install the `cuda` extra: pip install 'irope-jax[cuda]'"
+            raise TargetError("target", target, fix)
         if not shape.isdecimal():
             raise TargetError("target", target, "give the number of GPUs in one host, such as h100:8")
-        options = {"topology": f"1x1x{shape}", "target_config": GPUS[name.lower()]}
+        options = {"topology": f"1x1x{shape}", "target_config": GPUS[name.lower()].proto}
         return list(topologies.get_topology_desc("", "cuda", **options).devices)
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
         where = f"{platform.system()} on {platform.machine()}"
@@ -86,6 +129,18 @@ def target_devices(target: str) -> list[jax.Device]:
     except Exception as error:  # whatever libtpu throws at a name that it does not know
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise TargetError("target", target, f"libtpu does not know this topology ({reason})") from None
+
+
+def simulate(targets: Sequence[str]) -> None:
+    """Start jax with as many CPU devices as the largest `cpu:N` asks for; before anything else asks for devices."""
+    counts = [
+        int(shape)
+        for name, _, shape in (target.partition(":") for target in targets)
+        if name == "cpu" and shape.isdecimal()
+    ]
+    if counts and max(counts):
+        with suppress(RuntimeError):  # jax has started already: `target_devices` says how many there are
+            jax.config.update("jax_num_cpu_devices", max(counts))
 
 
 def target_mesh(target: str | Sequence[jax.Device], config: MeshConfig) -> Mesh:

@@ -11,12 +11,14 @@ from irope_jax.sharding.rules import constrain
 def look_up(table_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
     """`table[tokens]` as `[B, T, D]` in `dtype`, laid out as the input of a layer; the table stays where it lies.
 
-    A device has some columns of the table (`fsdp`) and some rows of the batch, along the same mesh axis. So the devices
-    of an fsdp group first look up the tokens of them all in their own columns, then exchange columns for batch rows.
+    A device has some columns of the table (fsdp, context) and some tokens of the batch, along the same mesh axes. So
+    the devices of such a group first look up the tokens of them all in their own columns, then exchange columns for
+    places along `context`, then for batch rows along `fsdp`: in one step the TPU compiler gathers everything instead.
     Left to itself in a training step, XLA:CPU finds no way from the one layout to the other ("involuntary full
     rematerialization") and makes the whole batch on every device.
     """
-    tokens_BT = constrain(tokens_BT, "group_batch", "length")
+    tokens_BT = constrain(tokens_BT, "group_batch", "group_length")
     x_BTD = jnp.take(table_VD, tokens_BT, axis=0).astype(dtype)
-    x_BTD = constrain(x_BTD, "group_batch", "length", "embed")
+    x_BTD = constrain(x_BTD, "group_batch", "group_length", "embed")
+    x_BTD = constrain(x_BTD, "group_batch", "length", "group_embed")
     return constrain(x_BTD, "batch", "length", "features")

@@ -130,8 +130,12 @@ def load_params(
     mesh: Mesh,
     step: int | None = None,
     weights: Weights | None = None,
+    *,
+    for_decoding: bool = False,
 ) -> tuple[Any, int]:
     """`(params, step)`: trained or imported parameters of a run directory (the newest by default), laid out on a mesh.
+
+    As in training; for decoding, whole on every device of `context`.
 
     They are the averaged ones if there are any, unless `weights` says which.
 
@@ -141,7 +145,8 @@ def load_params(
     boxed = abstract_params(config)
     with Checkpoints(run_directory) as source:
         step = source.latest if step is None else step
-        return source.restore_params(nn.meta.unbox(boxed), tree_shardings(boxed, mesh), step, weights), step
+        places = tree_shardings(boxed, mesh, whole_along_context=for_decoding)
+        return source.restore_params(nn.meta.unbox(boxed), places, step, weights), step
 
 
 def params_for(
@@ -151,6 +156,8 @@ def params_for(
     mesh: Mesh,
     step: int | None = None,
     weights: Weights | None = None,
+    *,
+    for_decoding: bool = False,
 ) -> tuple[Any, int]:
     """`load_params` of a model that was trained, for a model of other layers: each weight stays with its layer.
 
@@ -167,10 +174,11 @@ def params_for(
             f"{run_directory}: has {has} at {name}, this model needs {needs}; "
             "use a run with the same parameters, or the model it was trained with"
         )
-    params, step = load_params(run_directory, trained, mesh, step, weights)
+    params, step = load_params(run_directory, trained, mesh, step, weights, for_decoding=for_decoding)
     if len(trained.period) == len(config.period):
         return params, step
-    return jax.jit(move, out_shardings=tree_shardings(boxed, mesh))(params), step
+    places = tree_shardings(boxed, mesh, whole_along_context=for_decoding)
+    return jax.jit(move, out_shardings=places)(params), step
 
 
 def params_from(run_directory: str, config: ModelConfig, mesh: Mesh, weights: Weights | None = None) -> tuple[Any, int]:

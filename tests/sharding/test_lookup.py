@@ -33,7 +33,7 @@ def test_the_same_numbers_and_no_array_of_the_whole_batch_or_table(mesh):
 
     devices = make_mesh(MeshConfig(**mesh))
     laid = lambda *spec: NamedSharding(devices, P(*spec))
-    table, tokens = laid("tensor", "fsdp"), laid(("data", "fsdp"), "context")
+    table, tokens = laid("tensor", ("fsdp", "context")), laid(("data", "fsdp"), "context")
     run = jax.jit(out_and_gradient, in_shardings=(table, tokens, tokens), out_shardings=(tokens, table))
     with jax.set_mesh(devices):
         compiled = run.lower(table_VD, tokens_BT, weights_BTD).compile()
@@ -44,7 +44,7 @@ def test_the_same_numbers_and_no_array_of_the_whole_batch_or_table(mesh):
     np.testing.assert_allclose(d_table_VD, expected, atol=1e-5)
     sizes = devices.shape
     piece = B * T * D // (sizes["data"] * sizes["fsdp"] * sizes["context"])
-    table_piece = V * D // (sizes["fsdp"] * sizes["tensor"])
+    table_piece = V * D // (sizes["fsdp"] * sizes["context"] * sizes["tensor"])
     made = [math.prod(map(int, dims.split(","))) for dims in re.findall(r"f32\[([\d,]+)\]", compiled.as_text())]
     assert max(made) == max(piece, table_piece)
     assert out_BTD.sharding.is_equivalent_to(tokens, 3)

@@ -15,7 +15,7 @@ def boxed(shape, *names):
 
 def test_names_become_mesh_axes():
     assert spec(("batch", "length", "heads", None)) == P(("data", "fsdp", "expert"), "context", "tensor", None)
-    assert spec(("layers", "embed", "mlp")) == P(None, "fsdp", "tensor")
+    assert spec(("layers", "embed", "mlp")) == P(None, ("fsdp", "context"), "tensor")
 
 
 def test_two_axes_on_one_mesh_axis_collide():
@@ -66,7 +66,7 @@ def test_a_described_mesh_says_where_things_would_lie():
     """As many devices as one likes; the same layout as on real ones."""
     tree = {"w": boxed((64, 128), "embed", "mlp")}
     described = tree_shardings(tree, abstract_mesh(MeshConfig(data=16, fsdp=32, tensor=64)))["w"]
-    assert described.spec == P("fsdp", "tensor") and described.shard_shape((64, 128)) == (2, 2)
+    assert described.spec == P(("fsdp", "context"), "tensor") and described.shard_shape((64, 128)) == (2, 2)
     config = MeshConfig(data=1, fsdp=4, tensor=2)
     real = tree_shardings(tree, make_mesh(config))["w"]
     assert tree_shardings(tree, abstract_mesh(config))["w"].shard_shape((64, 128)) == real.shard_shape((64, 128))
@@ -77,7 +77,7 @@ def test_a_described_mesh_says_where_things_would_lie():
 def test_boxed_leaves_follow_their_names_and_others_are_replicated():
     mesh = make_mesh(MeshConfig(data=2, fsdp=4))
     found = tree_shardings({"w": boxed((8, 4), "embed", "mlp"), "step": jax.ShapeDtypeStruct((), jnp.int32)}, mesh)
-    assert found["w"].spec == P("fsdp", "tensor") and found["step"].spec == P()
+    assert found["w"].spec == P(("fsdp", "context"), "tensor") and found["step"].spec == P()
 
 
 def test_constrain_does_nothing_without_a_mesh_and_lays_out_within_one():

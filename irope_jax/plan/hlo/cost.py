@@ -18,6 +18,7 @@ from irope_jax.plan.hlo.products import product_flops
 from irope_jax.plan.hlo.text import Computation, Instruction, Program, parse
 
 _LAYER = re.compile(r"\blayer_\d+")
+_SAID = re.compile(r'"?cost_estimate"?:\{"flops":"(\d+)"')
 _CALLERS = ("fusion", "call", "async", "custom-call")
 _BOOKKEEPING = (
     "AllocateBuffer",
@@ -26,6 +27,8 @@ _BOOKKEEPING = (
     "AsyncCollectiveStart",
     "ConcatBitcast",
     "GatherScatterIndicesBitpacked",
+    "PrepareAsyncCallDone",
+    "PrepareAsyncCallStart",
 )
 """Custom calls of the TPU compiler that neither compute nor send."""
 
@@ -82,9 +85,10 @@ class Product(Work):
 
 @dataclass(frozen=True)
 class OpaqueCall(Work):
-    """A call of a kernel whose inside is unknown, by target name."""
+    """A call of a kernel whose inside is unknown, by target name; `flops` is what it says of itself, if it does."""
 
     target: str
+    flops: int = 0
 
     @property
     def total(self) -> int:
@@ -160,7 +164,7 @@ def analyse(text: str) -> HloCost:
         Sent(_path(scope), n, kind, float(size)) for (kind, scope, size), n in cost.sent.items() if size and n
     ]
     products = [Product(scope, n, flops) for (scope, flops), n in cost.products.items() if n]
-    kernels = [OpaqueCall(scope, n, target) for (target, scope), n in cost.opaque.items() if n]
+    kernels = [OpaqueCall(scope, n, target, flops) for (target, scope, flops), n in cost.opaque.items() if n]
     most_first = lambda work: (-work.total, work.scope)
     return HloCost(
         matmul_flops_max=cost.most,
@@ -208,7 +212,7 @@ def _totals(works: Iterable[Work], names: tuple[str, ...], amount=lambda work: w
 @dataclass
 class _Cost:
     """Executions of each piece of work: `sent` by (kind, scope, bytes), `products` by (scope, flops), `opaque` by
-    (target, scope); and the FLOPs of the cheapest way through the conditionals."""
+    (target, scope, FLOPs that it says it takes); and the FLOPs of the cheapest way through the conditionals."""
 
     least: int = 0
     sent: Counter = field(default_factory=Counter)
@@ -225,8 +229,8 @@ class _Cost:
             self.sent[kind, scope_of(scope), size] += times * count
         for (scope, flops), count in other.products.items():
             self.products[scope_of(scope), flops] += times * count
-        for (target, scope), count in other.opaque.items():
-            self.opaque[target, scope_of(scope)] += times * count
+        for (target, scope, flops), count in other.opaque.items():
+            self.opaque[target, scope_of(scope), flops] += times * count
 
 
 class _Walk:
@@ -262,7 +266,8 @@ class _Walk:
                 total.products[op.scope, flops] += 1
                 total.least += flops
             elif flops is None and op.target not in _BOOKKEEPING:
-                total.opaque[op.target, op.scope] += 1
+                said = _SAID.search(op.attributes)
+                total.opaque[op.target, op.scope, int(said[1]) if said else 0] += 1
         elif found := collective_sent(op, inside, self.program):
             kind, sent = found
             for scope, size in sent.items():
@@ -302,7 +307,7 @@ class _Walk:
         for kind in {kind for branch in branches for kind, _, _ in branch.sent}:
             only = [Counter({key: n for key, n in b.sent.items() if key[0] == kind}) for b in branches]
             total.sent.update(max(only, key=lambda sent: sum(size * n for (_, _, size), n in sent.items())))
-        for target in {target for branch in branches for target, _ in branch.opaque}:
+        for target in {target for branch in branches for target, *_ in branch.opaque}:
             only = [Counter({key: n for key, n in b.opaque.items() if key[0] == target}) for b in branches]
             total.opaque.update(max(only, key=lambda calls: calls.total()))
         return total

@@ -1,0 +1,68 @@
+"""The longest context that fits: bisection by hand, confirmed by compiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from irope_jax.core.chips import Chip
+from irope_jax.core.config import ConfigError
+from irope_jax.plan.analytic import closed_form
+from irope_jax.plan.job import Failure, Figures, Job
+
+LARGEST = 30
+"""Power of two: beyond 2^30 tokens int32 rows come to their end."""
+
+
+def longest(
+    build: Callable[[int], Job], chip: Chip, compile_job: Callable[[Job], Figures | Failure | None]
+) -> tuple[int | None, list[str]]:
+    """`(tokens, what was tried)`: the greatest power of two whose step fits the chip.
+
+    By hand nothing is known of temporaries, so what fits by hand is an upper bound. It is halved until a compile fits;
+    without a compiler it is the answer.
+
+    Args:
+      build: the job of a length; raises `ConfigError` where something does not divide.
+      compile_job: its compiled figures, or None without a compiler.
+    """
+    tried, power = [], _greatest(build, chip)
+    while power is not None and power > 0:
+        length = 1 << power
+        try:
+            job = build(length)
+        except ConfigError as error:
+            tried.append(f"{length:,} tokens: {error}")
+            return None, tried
+        result = compile_job(job)
+        if result is None:
+            tried.append(f"{length:,} tokens: {closed_form(job).total / 1e9:.1f} GB by hand, temporaries not counted")
+            return length, tried
+        if isinstance(result, Figures) and result.total <= chip.memory:
+            tried.append(f"{length:,} tokens: {result.total / 1e9:.1f} GB, fits")
+            return length, tried
+        why = result.why if isinstance(result, Failure) else f"{result.total / 1e9:.1f} GB of {chip.memory / 1e9:.0f}"
+        tried.append(f"{length:,} tokens: {why}")
+        power -= 1
+    return None, tried
+
+
+def _greatest(build: Callable[[int], Job], chip: Chip) -> int | None:
+    """The greatest power of two that fits by hand; None if none does."""
+
+    def fits(power: int) -> bool | None:
+        try:
+            return closed_form(build(1 << power)).total <= chip.memory
+        except ConfigError:
+            return None  # too short to be cut so
+
+    low, high = 0, LARGEST
+    possible = [power for power in (LARGEST, *range(10, LARGEST)) if fits(power) is not None]
+    if not possible:
+        return None
+    low = min(possible)
+    if not fits(low):
+        return None
+    while low < high:
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+    return low

@@ -1,0 +1,129 @@
+"""Which mesh: all that divide, ordered by the closed form; the best few are for the compiler to judge."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from irope_jax.core.chips import Chip
+from irope_jax.core.config import ConfigError
+from irope_jax.plan.analytic import closed_form
+from irope_jax.plan.job import Failure, Figures, Job, Mode, roofline
+from irope_jax.sharding.mesh import AXES, MeshConfig
+
+ROOM = 0.85
+"""Share of a chip that parameters, optimizer, gradients and what is kept may take: the rest is for temporaries."""
+
+REMATS = ("none", "attention", "full", "offload", "offload_inputs")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A mesh, a layout and what is kept, by hand."""
+
+    job: Job
+    by_hand: Figures
+    seconds: float
+    fits: bool
+
+    @property
+    def label(self) -> str:
+        sizes = " x ".join(f"{axis} {size}" for axis, size in self.job.mesh.sizes.items() if size > 1) or "one device"
+        extra = f", {self.job.model.context.layout}" if self.job.mesh.context > 1 else ""
+        return sizes + extra + (f", remat {self.job.model.remat}" if self.job.mode == "train" else "")
+
+    @property
+    def lines(self) -> list[str]:
+        """What to paste into a config."""
+        sizes = ", ".join(f"{axis}={size}" for axis, size in self.job.mesh.sizes.items())
+        found = [
+            f"config.mesh = dict({sizes})",
+            f'config.model.context = dict(layout="{self.job.model.context.layout}")',
+        ]
+        return [*found, f'config.model.remat = "{self.job.model.remat}"'] if self.job.mode == "train" else found
+
+
+def meshes(devices: int) -> Iterator[MeshConfig]:
+    """Every way to write the number of devices as a product over the axes."""
+
+    def split(rest: int, axes: int) -> Iterator[tuple[int, ...]]:
+        if axes == 1:
+            yield (rest,)
+            return
+        for size in (size for size in range(1, rest + 1) if rest % size == 0):
+            for others in split(rest // size, axes - 1):
+                yield (size, *others)
+
+    for sizes in split(devices, len(AXES)):
+        yield MeshConfig(**dict(zip(AXES, sizes)))
+
+
+def candidates(
+    experiment: Any, build: Callable[[Any], Job], devices: int, chip: Chip | None, mode: Mode
+) -> list[Candidate]:
+    """All that divide, best first: those that fit before those that do not, then by the sum of their times by hand.
+
+    Args:
+      experiment: whose `mesh`, `model.context.layout` and `model.remat` are changed.
+      build: the job of a changed experiment; raises `ConfigError` where something does not divide.
+    """
+    remats = REMATS if mode == "train" else (experiment.model.remat,)
+    found, refused = [], set()
+    layouts = ("zigzag", "contiguous")
+    for mesh, layout in itertools.product(meshes(devices), layouts):
+        if layout == "contiguous" and (mesh.context == 1 or mode != "train"):
+            continue
+        for remat in remats:
+            if (mesh, layout) in refused:
+                break
+            context = replace(experiment.model.context, layout=layout)
+            model = replace(experiment.model, context=context, remat=remat)
+            try:
+                job = build(replace(experiment, mesh=mesh, model=model))
+                if remat == "none" and job.length * job.data.batch_size // devices > 1 << 14:
+                    continue  # all of a layer kept: never fits at such lengths, and tracing it takes seconds
+                by_hand = closed_form(job)
+            except ConfigError:
+                refused.add((mesh, layout))
+                continue
+            found.append(_judged(job, by_hand, chip))
+    return sorted(found, key=lambda one: (not one.fits, one.seconds, one.by_hand.total))
+
+
+def _judged(job: Job, by_hand: Figures, chip: Chip | None) -> Candidate:
+    """A contiguous layout makes the last device of a ring do twice the mean work of layers that see everything."""
+    if chip is None:
+        return Candidate(job, by_hand, by_hand.sent_bytes + by_hand.flops * 1e-3, True)
+    found = roofline(by_hand, chip)
+    compute = found.compute
+    if job.mesh.context > 1 and job.model.context.layout == "contiguous" and job.mode == "train":
+        compute *= 1.5
+    offloaded = by_hand.host * 2 / 16e9 if by_hand.host else 0.0  # PCIe to the host, 16 GB/s a chip
+    return Candidate(job, by_hand, compute + found.network + offloaded, by_hand.total <= ROOM * chip.memory)
+
+
+def ranked_lines(results: list[tuple[Candidate, Figures | Failure | None]], chip: Chip | None) -> list[str]:
+    """The ranking, compiled ones that fit first, and the config lines of the best."""
+
+    def judged(pair):
+        one, figures = pair
+        if not isinstance(figures, Figures) or chip is None:
+            return (isinstance(figures, Failure), one.seconds)
+        return (figures.total > chip.memory, time_of(figures, chip))
+
+    ranked = sorted(results, key=judged)
+    lines = []
+    for place, (one, figures) in enumerate(ranked, start=1):
+        held = figures.total if isinstance(figures, Figures) else one.by_hand.total
+        seconds = time_of(figures, chip) if isinstance(figures, Figures) and chip else one.seconds
+        said = f"does not compile: {figures.why}" if isinstance(figures, Failure) else f"{held / 1e9:.1f} GB"
+        lines.append(f"{place:>3}  {one.label}: {said}, {seconds:.2f} s a step" + " by hand" * (figures is None))
+    return [*lines, "to paste:", *(f"    {line}" for line in ranked[0][0].lines)]
+
+
+def time_of(figures: Figures, chip: Chip) -> float:
+    """Seconds, nothing overlapping but memory traffic."""
+    found = roofline(figures, chip)
+    return max(found.compute, found.memory or 0.0) + found.network
