@@ -203,7 +203,12 @@ def b4(model: Model = SHORT, trained: Model | None = LONG) -> list[Row]:
     gathered = decoder(replace(model, gather=True)).cost.total_bytes
     rows = [
         exactly("B4", where + "bytes of its global layers / B1", rings / model.ring_bytes, model.periods),
-        exactly("B4", where + "bytes of everything else", cost.total_bytes - rings, 0),
+        exactly(
+            "B4",
+            where + "bytes of everything else / weights and look-up",
+            (cost.total_bytes - rings) / model.sync_bytes,
+            1,
+        ),
         at_most("B4", where + "bytes / with keys gathered in every layer", cost.total_bytes / gathered, 0.25),
     ]
     return rows + (b4_train(trained) if trained else [])
@@ -223,12 +228,13 @@ def b4_train(model: Model) -> list[Row]:
     synced = sum(n for (_, kind, _), n in by.items() if kind != "collective-permute")
     parts = model.parameters
     whole = 4 * (sum(parts.values()) + parts["embedding"])  # the tied embedding has two gradients
-    share = synced / (2 * (model.parts - 1) / model.parts * whole)
+    # gathered forward and backward, and gradients reduced; ids and columns of the look-up besides
+    share = synced / (3 * (model.parts - 1) / model.parts * whole)
     return [
         exactly("B4", where + "bytes of global layers forward / B1", forward, model.periods),
         between("B4", where + "recomputed and backward / B1", backward, least, 3 * model.periods),
         exactly("B4", where + "bytes of keys anywhere else", sum(permuted.values()), 0),
-        at_most("B4", where + "other bytes / one all-reduce of gradients", share, 1.001),
+        at_most("B4", where + "other bytes / two gathers and one reduction of parameters", share, 1.03),
     ]
 
 

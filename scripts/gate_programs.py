@@ -235,6 +235,13 @@ class Model:
         return (self.parts - 1) * self.local * 2 * self.key_heads * self.width * 4
 
     @property
+    def sync_bytes(self) -> float:
+        """What the forward pass sends besides: weights of layers gathered once, and a look-up's ids and columns."""
+        attention = self.d_model * self.width * 2 * (self.query_heads + self.key_heads)
+        weights = self.layers * (attention + 3 * self.d_model * self.hidden)
+        return (self.parts - 1) / self.parts * 4 * (weights + self.length + self.local * self.d_model)
+
+    @property
     def periods(self) -> int:
         return self.layers // 4
 

@@ -85,7 +85,7 @@ def gathered(w: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
     """A weight whose `embed` axis is whole on every device, so that a product with it sends nothing more.
 
     Its gradient is cut again. Left to itself the TPU compiler may turn the gather into as many products as there are
-    pieces, each beside a transfer: of Scout's shared expert over 8 devices the step did not compile in ten minutes.
+    pieces, each beside a transfer: a layer of Scout over 8 devices then has half as many fusions again (428, not 272).
 
     Args:
       w: a parameter, in the type that it is multiplied in.

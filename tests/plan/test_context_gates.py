@@ -131,11 +131,14 @@ def test_local_layers_send_nothing_or_their_halo(kind):
     assert total(48 * runs, "both", Sliding(40)) == 2 * received
 
 
-def test_only_global_layers_of_a_decoder_send():
+def test_only_global_layers_of_a_decoder_send_keys():
+    """Weights, cut along the same axis, are gathered besides, and the look-up sends ids and columns."""
     model = Model(8, 1024, 64, layers=4, vocabulary=256, d_model=32, hidden=64, width=16)
     ours = decoder(model).cost
     shard = 128 * 2 * 16 * 4
-    assert ours.bytes_by("layer", "phase", "kind") == {("layer_3", "forward", "collective-permute"): 14 * shard}
+    by = ours.bytes_by("layer", "phase", "kind")
+    assert by.pop(("layer_3", "forward", "collective-permute")) == 14 * shard
+    assert {layer for layer, _, _ in by} == {""} and sum(by.values()) == model.sync_bytes
 
 
 def test_decoding_sends_partial_results_whatever_the_length():

@@ -42,11 +42,12 @@ def test_factored_moments_are_cut_as_the_axes_that_are_left():
         jax.tree_util.tree_leaves_with_path(abstract.opt_state), jax.tree.leaves(shardings.opt_state), strict=True
     ):
         found[jax.tree_util.keystr(path, simple=True, separator="/").split("inner_state/0/")[-1]] = leaf.shape, place
+    cut = ("fsdp", "context")
     query, up = "periods/layer_0/attention/query", "periods/layer_0/feed_forward/up"
     assert (found[f"v_row/{query}"][0], found[f"v_row/{query}"][1].spec) == ((1, 2, 8), P(None, "tensor", None))
-    assert (found[f"v_col/{query}"][0], found[f"v_col/{query}"][1].spec) == ((1, 16, 2), P(None, "fsdp", "tensor"))
+    assert (found[f"v_col/{query}"][0], found[f"v_col/{query}"][1].spec) == ((1, 16, 2), P(None, cut, "tensor"))
     assert found[f"v_row/{up}"][0] == (1, 16) and len(found[f"v_row/{up}"][1].spec) == 2
-    assert found["v_row/embedding"][1].spec == P("fsdp") and found["v_col/embedding"][1].spec == P("tensor")
+    assert found["v_row/embedding"][1].spec == P(cut) and found["v_col/embedding"][1].spec == P("tensor")
     assert found["v/embedding"][0] == (1,) and found["v/embedding"][1].spec == P()
 
 
