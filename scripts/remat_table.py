@@ -8,8 +8,9 @@ The step that trains, compiled by the chip's own compiler; nothing is executed. 
 of 95 GB.
 
 All eight chips are on the `tensor` axis. Parameters, gradients and moments of these layers are 316 GB, so they must be
-cut eight ways; a single row leaves no batch to cut them along (`fsdp`, `expert`), and chips of the `context` axis
-hold them whole. The residual stream is then whole on every chip, 1.3 GB a layer, and what is done with it matters.
+cut eight ways, and a single row leaves no batch to cut them along (`fsdp`, `expert`). The residual stream is then whole
+on every chip, 1.3 GB a layer, and what is done with it matters. (`--config.mesh.context=8 --config.mesh.tensor=1` cuts
+the stream as well, and gathers weights.)
 """
 
 from __future__ import annotations

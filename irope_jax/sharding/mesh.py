@@ -24,8 +24,8 @@ class MeshConfig:
 
     Attributes:
       data: copies of the model, each with its part of the batch.
-      fsdp: parts of the batch that also share out parameters and optimizer state.
-      context: parts of the sequence.
+      fsdp: parts of the batch; parameters and optimizer state are shared out over fsdp and context together.
+      context: parts of the sequence; see fsdp.
       expert: parts of the batch that also share out the experts of a mixture.
       tensor: parts of heads, feed-forward width and vocabulary.
     """
