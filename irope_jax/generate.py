@@ -103,6 +103,7 @@ def generation_of(args: argparse.Namespace, model: ModelConfig, tokenizer: Token
         numbers=args.cache or model.precision.compute,
         piece=args.piece,
         guesses=args.guesses,
+        offload=args.offload,
     )
 
 

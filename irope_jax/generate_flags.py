@@ -45,6 +45,9 @@ devices share the text unless --config.mesh says otherwise; of several processes
         help="numbers of the cache (default: those the model computes in)",
     )
     write.add_argument(
+        "--offload", action="store_true", help="keep what layers that see everything remember in the host's memory"
+    )
+    write.add_argument(
         "--guesses", type=int, default=0, metavar="N", help="tokens guessed from earlier text and checked at once"
     )
     write.add_argument(

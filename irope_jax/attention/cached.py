@@ -65,7 +65,7 @@ def partial_cached(
 
 
 def _few(q_BTNH, keys, values, q_info, k_info, mask, scale, slopes, repeat, block) -> Partial:
-    (b, t, n, h), (kv, s) = q_BTNH.shape, keys.data.shape[2:4]
+    (b, t, n, h), kv, s = q_BTNH.shape, keys.heads, keys.slots
     g = n // kv
     block = min(s, block or max(FEWEST, min(MOST, 2 ** ((SCORES // (b * n * t)) or 1).bit_length() // 2)))
     q_BKMH = q_BTNH.reshape(b, t, kv, g, h).transpose(0, 2, 3, 1, 4).reshape(b, kv, g * t, h)

@@ -71,6 +71,10 @@ class Stored:
         return cls(jnp.zeros(shape, jnp.int8), scales, numbers)
 
     @property
+    def heads(self) -> int:
+        return self.data.shape[2]
+
+    @property
     def slots(self) -> int:
         return self.data.shape[3]
 

@@ -23,6 +23,7 @@ from irope_jax.attention.mask import MaskSpec
 from irope_jax.attention.partial import Partial, finish, merge
 from irope_jax.attention.reference import partial_reference
 from irope_jax.attention.stored import KeysValues
+from irope_jax.attention.stored_on_host import StoredOnHost
 from irope_jax.context.split_keys import merge_across
 from irope_jax.core.types import PAD_SEGMENT, Array, TokenInfo
 from irope_jax.sharding.rules import spec
@@ -58,6 +59,14 @@ def slot_axes(mask: MaskSpec) -> tuple[str | None, ...]:
 def stored_axes(mask: MaskSpec) -> tuple[str | None, ...]:
     """Logical axes of keys and values `[R, B, K, S, H]`."""
     return ("layers", "batch", "kv_heads", slot_axes(mask)[1], None)
+
+
+HOST_AXES = ("host_slots", "kv_heads", None)
+"""Logical axes of keys and values that lie on the host."""
+
+
+def on_host(kept: KeysValues) -> bool:
+    return isinstance(kept.keys, StoredOnHost)
 
 
 def scale_axes(mask: MaskSpec) -> tuple[str | None, ...]:
@@ -140,7 +149,9 @@ def attend_cached(
     share = length > 1 and length % parts == 0
     near_cut = "length" if share and not is_cut(mask) else None
     out_cut = "length" if share else None
-    lie = lambda kept: kept.map(lambda _: spec(stored_axes(mask)), lambda _: spec(scale_axes(mask)))
+    lie = lambda kept: kept.map(
+        lambda _: spec(HOST_AXES if on_host(kept) else stored_axes(mask)), lambda _: spec(scale_axes(mask))
+    )
     coordinates = spec(slot_axes(mask))
     by_token, whole = spec(("batch", None)), spec(("batch", None, "kv_heads", None))
     at = Places(coordinates, coordinates, by_token)
@@ -160,6 +171,9 @@ def _local(
     share=False,
 ):  # fmt: skip
     """Shapes are per device."""
+    whole_shape = (cache.keys.rows, cache.keys.slots) if on_host(cache) else None
+    cache = _sized(cache, places.before.shape)
+    earlier = tuple((_sized(kept, there.shape), there) for kept, there in earlier)
     options = {"scale": scale, "slopes": slopes}
     cut = is_cut(mask)
     slot_BT = _here(places.slot, cache.keys.slots, parts if cut else 1)
@@ -185,7 +199,15 @@ def _local(
     whole = reduce(merge, found)
     if cut and parts > 1:
         whole = _merge_shares(whole) if share else merge_across(whole, AXIS)
-    return finish(whole, dtype), cache
+    return finish(whole, dtype), _sized(cache, whole_shape)
+
+
+def _sized(kept: KeysValues, shape: tuple[int, int] | None) -> KeysValues:
+    """What lies on the host does not know its rows and slots by its own shape: it is told those of this device."""
+    if not on_host(kept):
+        return kept
+    tell = lambda one: one.replace(rows=shape[0], kept_slots=shape[1])
+    return KeysValues(tell(kept.keys), tell(kept.values))
 
 
 def _never(part: Partial) -> Array:

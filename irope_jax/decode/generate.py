@@ -47,6 +47,7 @@ class Generation:
       steps: tokens between two looks of the host.
       guesses: tokens that are guessed from earlier text and checked at once; 0 decodes one by one. Greedy only, and
         gives what greedy gives up to rounding.
+      offload: keys and values of layers that see everything lie in the memory of the host (`CacheSpec.offload`).
     """
 
     tokens: int = 256
@@ -57,6 +58,7 @@ class Generation:
     piece: int = 2048
     steps: int = 16
     guesses: int = 0
+    offload: bool = False
 
     def __post_init__(self):
         for name in ("tokens", "samples", "piece", "steps"):
@@ -204,7 +206,7 @@ class Generator:
     def _cache_spec(self, batch: int, tokens: int, after: int = 0) -> CacheSpec:
         check_length(self.model, tokens + after)
         capacity = fitting_capacity(tokens, token_parts()[1])
-        return CacheSpec(batch, capacity, self.spec.numbers, slack=self.spec.guesses)
+        return CacheSpec(batch, capacity, self.spec.numbers, slack=self.spec.guesses, offload=self.spec.offload)
 
     @staticmethod
     def _check_batch(rows: int) -> None:

@@ -19,11 +19,13 @@ import flax.linen as nn
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import AbstractMesh, Mesh
 
 from irope_jax.attention.mask import MaskSpec
 from irope_jax.attention.stored import LARGEST, KeysValues, Numbers, Stored
-from irope_jax.context.cached import Places, place, scale_axes, slot_axes, stored_axes
+from irope_jax.attention.stored_on_host import StoredOnHost
+from irope_jax.context.cached import HOST_AXES, Places, place, scale_axes, slot_axes, stored_axes
 from irope_jax.context.strategy import mask_name
 from irope_jax.core.config import ConfigError
 from irope_jax.core.types import PAD_SEGMENT, TokenInfo
@@ -33,7 +35,7 @@ from irope_jax.position import encoding
 from irope_jax.position.absolute import Learned
 from irope_jax.position.encoding import EXTENSIONS, XPos
 from irope_jax.position.temperature import LogFloor
-from irope_jax.sharding.rules import tree_shardings
+from irope_jax.sharding.rules import token_parts, tree_shardings
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,8 @@ class CacheSpec:
         of SmolLM2-135M are wrong by 0.61 % in int8 at 16, by 0.80 % at 64, by 0.32 % in bfloat16 (root mean square;
         `scripts/check_cache.py`).
       slack: slots of local layers beyond their reach: so many of the last tokens may be taken back (`rewound`).
+      offload: keys and values of layers that see everything lie in the memory of the host, floats only; a device holds
+        a block of them. Not on CPUs, which have one memory.
     """
 
     batch: int
@@ -55,6 +59,7 @@ class CacheSpec:
     numbers: Numbers = "bfloat16"
     block: int | None = None
     slack: int = 0
+    offload: bool = False
 
     def __post_init__(self):
         for name in ("batch", "capacity"):
@@ -64,12 +69,18 @@ class CacheSpec:
             raise ConfigError("numbers", self.numbers, "choose one of: float32, bfloat16, int8, int4")
         if self.block is not None and (self.block < 1 or self.numbers not in LARGEST):
             raise ConfigError("block", self.block, "entries that share a scale, of int8 or int4; else leave it None")
+        if self.offload and self.numbers in LARGEST:
+            raise ConfigError("offload", True, f"keeps floats; use bfloat16 instead of {self.numbers}")
         if self.slack < 0:
             raise ConfigError("slack", self.slack, "slots more than needed; use 0 or more")
 
     def slots(self, mask: MaskSpec) -> int:
         """Slots of a layer."""
         return self.capacity if mask.reach is None else min(mask.reach + self.slack, self.capacity)
+
+    def on_host(self, mask: MaskSpec) -> bool:
+        """Whether a layer lies in the memory of the host."""
+        return self.offload and mask.reach is None
 
     def shared(self, model: ModelConfig) -> int:
         """Entries of a head that share a scale."""
@@ -183,6 +194,13 @@ def empty_cache(model: ModelConfig, spec: CacheSpec) -> KVCache:
     repeats, masks = model.num_layers // len(model.period), masks_of(model)
 
     def stored(mask):
+        if spec.on_host(mask):
+            rows = repeats * spec.batch * (spec.capacity + token_parts()[1])
+            shape = (rows, model.num_kv_heads, model.head_dim)
+            flat = Stored.empty(shape, spec.numbers, 1).data
+            boxed = nn.LogicallyPartitioned(flat, HOST_AXES)
+            own = lambda: StoredOnHost(boxed, None, spec.numbers, spec.batch, spec.capacity)
+            return KeysValues(own(), own())
         shape = (repeats, spec.batch, model.num_kv_heads, spec.slots(mask), model.head_dim)
         empty = lambda: Stored.empty(shape, spec.numbers, spec.shared(model))
         box = lambda axes: lambda x: nn.LogicallyPartitioned(x, axes)
@@ -205,16 +223,40 @@ def cache_shardings(model: ModelConfig, spec: CacheSpec, mesh: Mesh | AbstractMe
     Raises:
       ShardingError: an axis that does not divide by its mesh axes.
     """
-    return tree_shardings(jax.eval_shape(lambda: empty_cache(model, spec)), mesh)
+    abstract = mesh if isinstance(mesh, AbstractMesh) else mesh.abstract_mesh
+    with jax.sharding.use_abstract_mesh(abstract):
+        shardings = tree_shardings(jax.eval_shape(lambda: empty_cache(model, spec)), mesh)
+    to_host = lambda sharding: sharding.with_memory_kind("pinned_host")
+    layers = tuple(
+        jax.tree.map(to_host, kept) if spec.on_host(layer.mask) else kept
+        for kept, layer in zip(shardings.layers, model.period, strict=True)
+    )
+    return shardings.replace(layers=layers)
 
 
 def new_cache(model: ModelConfig, spec: CacheSpec) -> KVCache:
-    """An empty cache on the mesh in force: no device ever holds more than its part."""
+    """An empty cache on the mesh in force: no device ever holds more than its part.
+
+    Raises:
+      ConfigError: `offload` without a mesh, or where devices have no memory of a host beside their own.
+    """
     make = lambda: nn.meta.unbox(empty_cache(model, spec))
     mesh = jax.sharding.get_mesh()
+    if spec.offload:
+        return _new_on_host(make, model, spec, mesh)
     if mesh.empty or mesh.size == 1:
         return jax.jit(make)()
     return jax.jit(make, out_shardings=cache_shardings(model, spec, mesh))()
+
+
+def _new_on_host(make, model: ModelConfig, spec: CacheSpec, mesh: Mesh) -> KVCache:
+    """Zeros put where they belong one by one: made by a program they would pass through the device."""
+    if mesh.empty or mesh.devices.flat[0].platform == "cpu":
+        raise ConfigError("offload", True, "these devices have one memory only; leave it out")
+    zeros = lambda x, place: jax.make_array_from_callback(
+        x.shape, place, lambda part: np.zeros([len(range(n)[one]) for one, n in zip(part, x.shape)], x.dtype)
+    )
+    return jax.tree.map(zeros, jax.eval_shape(make), cache_shardings(model, spec, mesh))
 
 
 def fork(model: ModelConfig, prefix: KVCache, spec: CacheSpec) -> KVCache:
@@ -371,7 +413,8 @@ def cache_bytes(model: ModelConfig, spec: CacheSpec) -> tuple[KindBytes, ...]:
     for mask in masks_of(model):
         layers = sum(layer.mask == mask for layer in model.layers)
         slots = spec.slots(mask)
-        vectors = layers * spec.batch * model.num_kv_heads * slots * 2
+        spare = token_parts()[1] if spec.on_host(mask) else 0
+        vectors = layers * spec.batch * model.num_kv_heads * (slots + spare) * 2
         found.append(
             KindBytes(
                 mask, layers, slots, vectors * model.head_dim * bits // 8, 2 * vectors * blocks, 12 * spec.batch * slots

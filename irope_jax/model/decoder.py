@@ -175,7 +175,8 @@ class Decoder(nn.Module):
             then attends for them only, which for long prompts is most of what it does.
         """
         compute = jnp.dtype(self.config.precision.compute)
-        x_BTD = look_up(self.embedding, tokens_BT, compute)
+        cut = "embed" if cache is None else "group_embed"  # as `for_decoding` lays parameters out
+        x_BTD = look_up(self.embedding, tokens_BT, compute, cut)
         match self.config.position_embedding:
             case Sinusoidal() as spec:
                 x_BTD = x_BTD + sinusoids(spec, info.positions, self.config.d_model).astype(compute)
@@ -183,7 +184,7 @@ class Decoder(nn.Module):
                 if tokens_BT.shape[1] > size:
                     fix = f"a row has {tokens_BT.shape[1]} positions, for which nothing was learned; use shorter rows"
                     raise ConfigError("model.position_embedding.size", size, fix)
-                x_BTD = x_BTD + look_up(self.position_table, info.positions, compute)
+                x_BTD = x_BTD + look_up(self.position_table, info.positions, compute, cut)
         if cache is None:
             x_BTD, _ = self.periods(x_BTD, info, turns)
             return self._finish(x_BTD)

@@ -335,9 +335,8 @@ def _send_cached(job: Job, send) -> None:
         if w.gathered > 1:
             here = w.size * w.repeats / (w.parts / w.gathered)
             send(w.layer, "all-gather", here * item * (w.gathered - 1) / w.gathered)
-    if mesh.fsdp * mesh.context > 1:
-        rest = 1 - 1 / (mesh.fsdp * mesh.context)
-        send(None, "all-gather", queries * model.d_model * item * rest)
+    if mesh.fsdp > 1:
+        send(None, "all-gather", queries * model.d_model * item * (1 - 1 / mesh.fsdp))
     if mesh.tensor > 1:  # the table is cut by words, and looked up in the type it has
         stored = jnp.dtype(model.precision.params).itemsize
         send(None, "all-reduce", 2 * (1 - 1 / mesh.tensor) * queries * model.d_model * stored)

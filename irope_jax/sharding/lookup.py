@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from irope_jax.sharding.rules import constrain
 
 
-def look_up(table_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.Array:
+def look_up(table_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype, cut: str = "embed") -> jax.Array:
     """`table[tokens]` as `[B, T, D]` in `dtype`, laid out as the input of a layer; the table stays where it lies.
 
     A device has some columns of the table (fsdp, context) and some tokens of the batch, along the same mesh axes. So
@@ -16,9 +16,12 @@ def look_up(table_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype) -> jax.
     places along `context`, then for batch rows along `fsdp`: in one step the TPU compiler gathers everything instead.
     Left to itself in a training step, XLA:CPU finds no way from the one layout to the other ("involuntary full
     rematerialization") and makes the whole batch on every device.
+
+    `cut` is the logical axis of the columns: `group_embed` for decoding, where all devices of `context` have them all.
     """
-    tokens_BT = constrain(tokens_BT, "group_batch", "group_length")
+    length = "group_length" if cut == "embed" else "length"
+    tokens_BT = constrain(tokens_BT, "group_batch", length)
     x_BTD = jnp.take(table_VD, tokens_BT, axis=0).astype(dtype)
-    x_BTD = constrain(x_BTD, "group_batch", "group_length", "embed")
+    x_BTD = constrain(x_BTD, "group_batch", length, cut)
     x_BTD = constrain(x_BTD, "group_batch", "length", "group_embed")
     return constrain(x_BTD, "batch", "length", "features")

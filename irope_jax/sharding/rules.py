@@ -24,6 +24,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "length": "context",
     "group_batch": ("data", "expert"),  # whole within an (fsdp, context) group, beside columns that are cut there
     "group_length": None,
+    "host_slots": ("data", "fsdp", "expert", "context"),  # rows of a batch and slots of a cache, as one axis
     "group_embed": "fsdp",  # such columns, once the sequence is cut again
     # parameters; the widths inside a layer are also activations' last axes
     "embed": ("fsdp", "context"),

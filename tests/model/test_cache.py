@@ -131,6 +131,29 @@ def test_token_by_token_is_one_forward_pass(name, devices):
     assert cache.lengths.tolist() == list(LENGTHS)
 
 
+@pytest.mark.parametrize("devices", [1, 8])
+def test_what_lies_on_the_host_is_read_and_written_as_what_lies_on_the_device(devices):
+    """The same arrays and programs where there is one memory; rows that are full beyond their last token stay so."""
+    config, params, tokens, real, want = case("irope")
+    mesh = make_mesh(EIGHT if devices == 8 else MeshConfig(), jax.devices()[:devices])
+    spec = CacheSpec(len(LENGTHS), 32, "float32", offload=True)
+    with jax.set_mesh(mesh):
+        params = jax.device_put(params, tree_shardings(abstract_params(config), mesh))
+        places = tree_shardings(jax.eval_shape(lambda: empty_cache(config, spec)), mesh)
+        cache = jax.device_put(nn.meta.unbox(empty_cache(config, spec)), places)
+        assert tree_bytes(cache) == sum(kind.total for kind in cache_bytes(config, spec)) + row_bytes(spec)
+        found, cache = in_pieces(config, params, tokens, real, cache, [(20, 1), (1, 9)])
+    assert_close(found[real], want[real], rtol=0, atol=1e-4)
+    assert cache.lengths.tolist() == list(LENGTHS)
+
+
+def test_what_cannot_be_offloaded_is_refused():
+    with pytest.raises(ConfigError, match="use bfloat16 instead of int8"):
+        CacheSpec(1, 8, "int8", offload=True)
+    with jax.set_mesh(make_mesh(MeshConfig(), jax.devices()[:1])), pytest.raises(ConfigError, match="one memory only"):
+        new_cache(MODELS["irope"], CacheSpec(1, 8, offload=True))
+
+
 @pytest.mark.parametrize(("devices", "cuts"), [(1, [(20, 1), (3, 3)]), (8, [(3, 1), (8, 3), (1, 2)])])
 def test_any_pieces_are_one_forward_pass(devices, cuts):
     """Pieces that end inside chunks and beyond several, of widths that four devices share and of others."""

@@ -45,7 +45,8 @@ def compiled_step(config, spec, mesh, width=1):
         return jnp.argmax(hidden[:, -1] @ w, axis=-1), cache
 
     with jax.set_mesh(mesh):
-        params = abstract(abstract_params(config), tree_shardings(abstract_params(config), mesh))
+        places = tree_shardings(abstract_params(config), mesh, whole_along_context=True)
+        params = abstract(abstract_params(config), places)
         boxed = jax.eval_shape(lambda: empty_cache(config, spec))
         cache = abstract(boxed, cache_shardings(config, spec, mesh))
         tokens = jax.ShapeDtypeStruct((spec.batch, width), jnp.int32)
@@ -102,3 +103,19 @@ def test_a_tpu_neither_copies_the_cache_nor_sends_more(numbers, share):
     here = tree_bytes(cache) / 4
     assert program.memory_analysis().temp_size_in_bytes < share * here
     assert analyse(program.as_text()).collective_bytes == {"all-reduce": 2 * 2 * 3 / 4 * 40 * (128 + 2) * 4}
+
+
+def test_on_a_tpu_what_lies_on_the_host_is_updated_there_and_a_device_holds_blocks_of_it():
+    """Compiled for four chips, a cache of 4 GB at Scout's heads: one token, which sends what it always does."""
+    mesh = tpu_mesh("v5e:2x2", context=4)
+    config = dataclasses.replace(
+        model(*irope_layers(8192, FFN), layers=4), num_heads=40, num_kv_heads=8, head_dim=128,
+        precision=Precision("bfloat16", "bfloat16"),
+    )  # fmt: skip
+    with targeting(mesh):
+        program, cache = compiled_step(config, CacheSpec(1, 4 * LONG, offload=True), mesh)
+    memory, far = program.memory_analysis(), cache.layers[3]
+    on_host = tree_bytes(far) / 4
+    assert memory.host_alias_size_in_bytes == pytest.approx(on_host, rel=1e-3) and memory.host_temp_size_in_bytes == 0
+    assert memory.argument_size_in_bytes + memory.temp_size_in_bytes < 0.3 * on_host
+    assert analyse(program.as_text()).collective_bytes == {"all-reduce": 2 * 3 / 4 * 40 * (128 + 2) * 4}
