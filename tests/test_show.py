@@ -59,8 +59,8 @@ def test_every_parameter_is_listed_with_the_bytes_a_device_then_holds():
     for name, leaf in really.items():
         assert rows[name][0] == str(list(leaf.shape)) and rows[name][1] == "float32"
         assert rows[name][3] == held(leaf), name
-    assert rows["embedding"][2] == "tensor, fsdp"
-    assert rows["periods/layer_0/attention/out"][2] == "-, tensor, -, fsdp"
+    assert rows["embedding"][2] == "tensor, fsdp+context"
+    assert rows["periods/layer_0/attention/out"][2] == "-, tensor, -, fsdp+context"
     assert rows["final_norm/scale"][2] == "whole"
 
     totals = {name: [number(cell) for cell in cells[::2]] for name, *cells in table(lines, "held")}
