@@ -19,16 +19,9 @@ def train(place, name):
     return "train", f"--config={place / name}.json", f"--run-dir={place / name}"
 
 
-def generate(place):
-    """Two samples of a prompt, over all devices; standard output says what."""
-    how = ["--tokens=12", "--temperature=1", "--samples=2", "--ignore-eos"]
-    return ["generate", f"--checkpoint={place / 'context'}", "--step=6", "--prompt=once upon a time", *how]
-
-
 def alone(place: Path) -> None:
     for config in sorted(place.glob("*.json")):
         assert cli.main([*train(place, config.stem), "--config.train.log_every=1"]) == 0
-    assert cli.main(generate(place)) == 0
 
 
 def together(place: Path, process: int, port: int) -> None:
@@ -51,7 +44,6 @@ def together(place: Path, process: int, port: int) -> None:
         irope("context cut", *train(place, "context"))
     irope("context", *train(place, "context"))
 
-    irope("generated", *generate(place))
     irope("refused", *train(place, "context"), "--config.train.z_loss=1e-4")  # ends the process
 
 

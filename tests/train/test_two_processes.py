@@ -17,7 +17,7 @@ from irope_jax.core.records import load_run
 from tests import tiny
 
 ROOT = Path(__file__).parents[2]
-SECONDS = 400
+SECONDS = 900
 """A hang fails after this."""
 
 FOLDS = ("model.attention", "blockwise")
@@ -86,7 +86,7 @@ def one(places):
 @pytest.fixture
 def two(places):
     """Where the two processes wrote, and what both said."""
-    return places[1], [(places[1] / f"log.{process}").read_text(errors="replace") for process in (0, 1)]
+    return places[1], [(places[1] / f"log.{process}").read_text() for process in (0, 1)]
 
 
 def codes(two):
@@ -100,7 +100,7 @@ def test_both_end_every_run_alike(two):
     stopped = 128 + signal.SIGTERM
     wanted = {
         "data": 0, "data again": 0, "data evaluated": 0, "both": 0,
-        "context stopped": stopped, "context cut": stopped, "context": 0, "generated": 0,
+        "context stopped": stopped, "context cut": stopped, "context": 0,
     }  # fmt: skip
     assert first == second == wanted, logs
 
@@ -141,14 +141,6 @@ def test_one_process_speaks(two):
     own = re.findall(r"^I irope_jax.*|^\w+ \d+/\d+.*|^retrieval .*", second, re.MULTILINE)
     assert own == []
     assert re.search(r"^retrieval  accuracy ", first, re.MULTILINE)
-
-
-def test_the_same_text_is_generated_and_one_process_prints_it(one, two):
-    text = lambda log: re.findall(
-        r"^--- prompt 1, sample \d+\n.*?(?=^\S+ \d|^---|^read|\Z)", log, re.MULTILINE | re.DOTALL
-    )
-    alone, (first, second) = (one / "log.0").read_text(errors="replace"), two[1]
-    assert len(text(alone)) == 2 and text(first) == text(alone) and text(second) == []
 
 
 def test_what_process_0_refuses_no_process_does(two):
