@@ -1,6 +1,6 @@
 """What a long context costs by its length: iRoPE beside all-RoPE of the same size, read and decoded here.
 
-    irope eval --config=configs/scaling.py         # half an hour on two CPU cores, nearly all of it all-RoPE at 256k
+    irope eval --config=configs/scaling.py         # most of the time goes to all-RoPE at 256k
     irope report runs/scaling
 
 Nothing is trained: time and memory do not depend on what weights say. Eight layers at Llama 4's proportions of local to

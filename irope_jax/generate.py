@@ -20,8 +20,8 @@ from irope_jax.decode.sampling import Sampling
 from irope_jax.decode.text import TextStream
 from irope_jax.experiment import resolve, run_config
 from irope_jax.join import join
-from irope_jax.model.cache import check_decodable, follows_length, for_documents_of
 from irope_jax.model.config import ModelConfig
+from irope_jax.model.decodable import check_decodable, follows_length, for_documents_of
 from irope_jax.sharding.mesh import MeshConfig, make_mesh
 from irope_jax.stages import experiment_at
 from irope_jax.train.state import params_for

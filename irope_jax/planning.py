@@ -12,7 +12,7 @@ from irope_jax.core.chips import Chip
 from irope_jax.core.config import ConfigError
 from irope_jax.core.hosts import avoid_absent_tpu
 from irope_jax.experiment import Experiment, check_devices, load_config, resolve
-from irope_jax.model.cache import check_decodable, check_length
+from irope_jax.model.decodable import check_decodable, check_length
 from irope_jax.plan.analytic import closed_form
 from irope_jax.plan.job import Failure, Figures, Job, chip_of_target, target_size
 from irope_jax.plan.longest import longest

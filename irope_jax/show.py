@@ -20,17 +20,10 @@ from irope_jax.context.strategy import CallShape, Promises, decide, megabytes
 from irope_jax.core.config import ConfigError, fingerprint, to_dict
 from irope_jax.core.hosts import avoid_absent_tpu
 from irope_jax.experiment import Experiment, check_devices, load_config, resolve
-from irope_jax.model.cache import (
-    CacheSpec,
-    cache_bytes,
-    cache_shardings,
-    empty_cache,
-    fitting_capacity,
-    for_documents_of,
-    row_bytes,
-)
+from irope_jax.model.cache import CacheSpec, cache_bytes, cache_shardings, empty_cache, fitting_capacity, row_bytes
 from irope_jax.model.config import ModelConfig, draw_layers
 from irope_jax.model.cost import active_parameters, parameter_counts, train_flops_per_token
+from irope_jax.model.decodable import for_documents_of
 from irope_jax.model.kept import layer_memory, share
 from irope_jax.sharding.mesh import MeshConfig, abstract_mesh
 from irope_jax.stages import stage_experiments

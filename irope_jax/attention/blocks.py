@@ -170,7 +170,7 @@ def plan_panels(
     """The tiles that cover `panels`: one panel of all places, or panels of the past that may start anywhere."""
     if len(panels) == 1 and panels[0].relation == "same":
         # Rows may have gaps between places; nothing is visible that places in a row would not show.
-        return plan_blocks(*in_order(mask, q_info, k_info), key_heads, group)
+        return plan_in_order(mask, q_info, k_info, key_heads, group)
     loose = lambda info: info.replace(first_row=None)
     block = route_block(panels, q_info.shape[0], key_heads, group)
     if block is None:  # visiting more tiles than the panels have is safe: coordinates decide
@@ -187,10 +187,11 @@ def plan_panels(
     return BlockPlan(rows, heads, (Route(block, block, (index, low, low + width - 1), width),), sure)
 
 
-def in_order(mask: MaskSpec, q_info: TokenInfo, k_info: TokenInfo) -> tuple[MaskSpec, TokenInfo, TokenInfo]:
-    """To plan with, where rows rise with places from a start that is not known: a mask as wide, rows from 0 on."""
+def plan_in_order(mask: MaskSpec, q_info: TokenInfo, k_info: TokenInfo, key_heads: int, group: int) -> BlockPlan:
+    """`plan_blocks` where rows rise with places from an unknown start: as of rows from 0 on, with a mask as wide."""
     from_0 = lambda info: info.replace(first_row=0, document_multiple=1)
-    return Sliding(mask.size) if isinstance(mask, Chunked) else mask, from_0(q_info), from_0(k_info)
+    mask = Sliding(mask.size) if isinstance(mask, Chunked) else mask
+    return plan_blocks(mask, from_0(q_info), from_0(k_info), key_heads, group)
 
 
 def route_block(panels: tuple[Panel, ...], batch: int, key_heads: int, group: int) -> int | None:

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from irope_jax.attention.blocks import BlockPlan, fold, fold_length, in_order, plan_blocks, plan_panels
+from irope_jax.attention.blocks import BlockPlan, fold, fold_length, plan_blocks, plan_panels
 from irope_jax.attention.mask import Global, MaskSpec
 from irope_jax.attention.panels import Panel, Pieces
 from irope_jax.attention.partial import Partial, finish
@@ -102,27 +102,6 @@ def partial_blockwise(
     """
     walks = _walks(q_BTNH, k_BSKH, q_info, k_info, mask, slopes, plan)
     return _fold(walks, Partial.empty(*q_BTNH.shape), q_BTNH, k_BSKH, v_BSKH, scale)
-
-
-def partial_in_order(
-    q_BTNH: Array,
-    k_BSKH: Array,
-    v_BSKH: Array,
-    q_info: TokenInfo,
-    k_info: TokenInfo,
-    mask: MaskSpec,
-    *,
-    scale: float,
-    slopes: Array | None = None,
-) -> Partial:
-    """`partial_blockwise` of queries and keys whose rows rise from place to place, padding at their end aside.
-
-    Where the rows start need not be known: tiles above the diagonal and beyond the mask's reach are not visited.
-    """
-    if q_BTNH.shape[1] != k_BSKH.shape[1]:  # a share of the queries: places are not those of the keys
-        return partial_blockwise(q_BTNH, k_BSKH, v_BSKH, q_info, k_info, mask, scale=scale, slopes=slopes)
-    plan = plan_blocks(*in_order(mask, q_info, k_info), k_BSKH.shape[2], q_BTNH.shape[2] // k_BSKH.shape[2])
-    return partial_blockwise(q_BTNH, k_BSKH, v_BSKH, q_info, k_info, mask, scale=scale, slopes=slopes, plan=plan)
 
 
 def fold_panels(

@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec as P
 
-from irope_jax.attention.blockwise import partial_in_order
+from irope_jax.attention.blocks import plan_in_order
+from irope_jax.attention.blockwise import partial_blockwise
 from irope_jax.attention.cached import partial_cached
 from irope_jax.attention.mask import MaskSpec
 from irope_jax.attention.partial import Partial, finish, merge
@@ -192,8 +193,14 @@ def _local(
         if cut:  # a single token, which one of the devices counts
             k_info = k_info.replace(segments=jnp.where(slot_BT < cache.keys.slots, k_info.segments, PAD_SEGMENT))
         dense = impl == "reference" or k_BTKH.shape[1] == 1
-        within = partial_reference if dense else partial_in_order
         k, v = cache.keys.rounded(k_BTKH), cache.values.rounded(v_BTKH)
+        if dense:
+            within = partial_reference
+        elif q_BTNH.shape[1] == k.shape[1]:
+            plan = plan_in_order(mask, q_info, k_info, k.shape[2], q_BTNH.shape[2] // k.shape[2])
+            within = partial(partial_blockwise, plan=plan)
+        else:  # a share of the queries: their places are not those of the keys
+            within = partial_blockwise
         cache = cache.write(repeat, slot_BT + _never(found[-1]), k_BTKH, v_BTKH)
         found.append(within(q_BTNH, k, v, q_info, k_info, mask, **options))
     whole = reduce(merge, found)

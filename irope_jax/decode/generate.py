@@ -24,8 +24,9 @@ from irope_jax.decode.lookup import Lookup
 from irope_jax.decode.prefill import prefill
 from irope_jax.decode.sampling import Sampling, choose
 from irope_jax.decode.stepping import stepping
-from irope_jax.model.cache import CacheSpec, KVCache, check_length, fitting_capacity, fork, new_cache
+from irope_jax.model.cache import CacheSpec, KVCache, fitting_capacity, fork, new_cache
 from irope_jax.model.config import ModelConfig
+from irope_jax.model.decodable import check_length
 from irope_jax.model.decoder import cached_hidden_states
 from irope_jax.sharding.rules import token_parts
 

@@ -17,9 +17,12 @@ from typing import Any
 import jax
 import numpy as np
 
-from irope_jax.core.config import fingerprint
+import irope_jax
+from irope_jax.core.config import fingerprint, to_dict
 from irope_jax.core.hosts import gather, is_main_process, to_host
 from irope_jax.core.records import RecordError
+from irope_jax.data.tokenizer import TokenizerSpec
+from irope_jax.model.config import ModelConfig
 
 FORMAT = 1
 
@@ -36,6 +39,16 @@ def weights_mark(params: Any) -> str:
         row = to_host(row) if isinstance(row, jax.Array) else row
         digest.update(np.asarray(row, np.float32).tobytes())
     return digest.hexdigest()[:12]
+
+
+def decided_by(model: ModelConfig, tokenizer: TokenizerSpec, params: Any) -> dict[str, Any]:
+    """What decides any answer of a model, beside what it is asked."""
+    return {
+        "version": irope_jax.__version__,
+        "tokenizer": tokenizer.fingerprint,
+        "model": to_dict(model),
+        "weights": weights_mark(params),
+    }
 
 
 class Cells:

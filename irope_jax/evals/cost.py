@@ -20,9 +20,10 @@ from irope_jax.data.tokenizer import TokenizerSpec
 from irope_jax.decode.prefill import piece_step, prefill
 from irope_jax.evals.evaluator import Measurement
 from irope_jax.evals.perplexity import check_lengths
-from irope_jax.model.cache import CacheSpec, KVCache, check_decodable, fitting_capacity, new_cache
+from irope_jax.model.cache import CacheSpec, KVCache, fitting_capacity, new_cache
 from irope_jax.model.config import LayerSpec, ModelConfig
 from irope_jax.model.cost import abstract_params
+from irope_jax.model.decodable import check_decodable
 from irope_jax.model.decoder import restack
 from irope_jax.sharding.rules import token_parts, tree_shardings
 

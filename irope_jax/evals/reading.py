@@ -18,8 +18,9 @@ from irope_jax.core.types import PAD_SEGMENT, Batch
 from irope_jax.decode.prefill import pieces
 from irope_jax.decode.stepping import stepping
 from irope_jax.losses import predictions_at, token_losses
-from irope_jax.model.cache import CacheSpec, KVCache, check_decodable, fitting_capacity, new_cache
+from irope_jax.model.cache import CacheSpec, KVCache, fitting_capacity, new_cache
 from irope_jax.model.config import ModelConfig
+from irope_jax.model.decodable import check_decodable
 from irope_jax.model.decoder import cached_hidden_states
 from irope_jax.sharding.rules import token_parts
 

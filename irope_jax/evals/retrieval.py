@@ -14,7 +14,6 @@ from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 
-import irope_jax
 from irope_jax.attention.mask import Chunked
 from irope_jax.core.config import ConfigError, to_dict
 from irope_jax.core.hosts import is_main_process
@@ -24,7 +23,7 @@ from irope_jax.data.packing import batch_of
 from irope_jax.data.samples import Sample, Task
 from irope_jax.data.synthetic import Needle, TaskSpec
 from irope_jax.data.tokenizer import TokenizerSpec
-from irope_jax.evals.cells import Cells, weights_mark
+from irope_jax.evals.cells import Cells, decided_by
 from irope_jax.evals.evaluator import Measurement
 from irope_jax.evals.forward import Scorer, rows_per_batch
 from irope_jax.evals.perplexity import check_lengths
@@ -132,14 +131,17 @@ class RetrievalEvaluator:
         for first in range(0, count, rows):
             numbers = range(first, min(first + rows, count))
             group = [self._sample(rng, length) for _ in numbers]  # drawn one after the other, so also those known
-            found = [kept.get(_cell(length, number)) for number in numbers]
-            if any(one is None for one in found):
-                found = [{"scores": np.ravel(own).tolist()} for own in self._answers(params, group, length, rows)]
-                for number, one in zip(numbers, found, strict=True):
-                    kept.add(_cell(length, number), one)
-                so_far = np.mean([one.right for one in answers] + [one["scores"][0] for one in found])
-                bar.advance(len(group), length=f"{length:,}", accuracy=f"{so_far:.3f}")
-            answers += [Answer(*own) for one in found for own in np.reshape(one["scores"], (-1, len(Answer._fields)))]
+            missing = [number for number in numbers if kept.get(_cell(length, number)) is None]
+            if missing:
+                for number, own in zip(numbers, self._answers(params, group, length, rows), strict=True):
+                    if number in missing:
+                        kept.add(_cell(length, number), {"scores": np.ravel(own).tolist()})
+            for number in numbers:
+                scores = np.reshape(kept.get(_cell(length, number))["scores"], (-1, len(Answer._fields)))
+                answers += [Answer(*own) for own in scores]
+            if missing:
+                so_far = np.mean([one.right for one in answers])
+                bar.advance(len(missing), length=f"{length:,}", accuracy=f"{so_far:.3f}")
         cells = defaultdict(list)
         for answer in answers:
             cells[self._depth_bin(answer.depth), bool(answer.straddles)].append(answer)
@@ -178,15 +180,8 @@ class RetrievalEvaluator:
         """What decides the answers to a sample beside its length and number."""
         if self._directory is None:
             return {}
-        return {
-            "version": irope_jax.__version__,
-            "task": to_dict(self.spec.task),
-            "facts": self.spec.facts,
-            "seed": self.spec.seed,
-            "tokenizer": self._tokenizer.fingerprint,
-            "model": to_dict(self._model),
-            "weights": weights_mark(params),
-        }
+        asked = {"task": to_dict(self.spec.task), "facts": self.spec.facts, "seed": self.spec.seed}
+        return asked | decided_by(self._model, self._tokenizer, params)
 
     def _sample(self, rng: np.random.Generator, length: int) -> Sample:
         """One context, its facts spread over all depths where they can be, each in its own part, at random within."""

@@ -14,9 +14,8 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-import irope_jax
 from irope_jax.attention.stored import Numbers
-from irope_jax.core.config import ConfigError, fingerprint, to_dict
+from irope_jax.core.config import ConfigError, fingerprint
 from irope_jax.core.hosts import is_main_process
 from irope_jax.core.progress import ProgressBar
 from irope_jax.data.text_tasks.registry import Ruler, TextTaskSpec
@@ -24,7 +23,7 @@ from irope_jax.data.text_tasks.sample import TextSample, TextTask
 from irope_jax.data.tokenizer import TokenizerSpec
 from irope_jax.evals.answer_metrics import METRICS, cleaned
 from irope_jax.evals.answering import Answerer, Answering, by_decoding, by_forward
-from irope_jax.evals.cells import Cells, weights_mark
+from irope_jax.evals.cells import Cells, decided_by
 from irope_jax.evals.evaluator import Measurement
 from irope_jax.evals.perplexity import check_lengths
 from irope_jax.model.config import ModelConfig
@@ -202,15 +201,10 @@ class TextTasksEvaluator:
 
     def _about(self, params: Any) -> dict[str, Any]:
         """What decides the scores of a cell beside the cell itself."""
-        decides = {"seed": self.spec.seed, "samples": self.spec.samples, "version": irope_jax.__version__}
         if self._directory is None:
-            return decides
-        return decides | {
-            "tokenizer": self._tokenizer.fingerprint,
-            "model": to_dict(self._model),
-            "weights": weights_mark(params),
-            "answering": self._answering.name,
-        }
+            return {}
+        asked = {"seed": self.spec.seed, "samples": self.spec.samples, "answering": self._answering.name}
+        return asked | decided_by(self._model, self._tokenizer, params)
 
 
 def _where(task: TextTask, length: int, depth: float | None) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from irope_jax.model.self_attention import SelfAttention
 from irope_jax.position.absolute import Learned, Sinusoidal, sinusoids
 from irope_jax.position.rope import Turns
 from irope_jax.sharding.lookup import look_up
-from irope_jax.sharding.rules import constrain, gathered
+from irope_jax.sharding.rules import constrain, embed_axis, gathered
 
 PeriodTurns = tuple[Turns | None, ...] | None
 
@@ -55,7 +55,7 @@ class DecoderLayer(nn.Module):
         options = dict(precision=cfg.precision, init_std=cfg.init_std, out_std=cfg.residual_std, name="feed_forward")
         if isinstance(ffn, MoE):
             mixture = MixtureOfExperts(ffn, **options)
-            feed_forward = lambda x_BTD: mixture(x_BTD, info, cut="embed" if cache is None else "group_embed")
+            feed_forward = lambda x_BTD: mixture(x_BTD, info, cut=embed_axis(cache is not None))
         else:
             feed_forward = FeedForward(ffn, **options)
         # Named inside what is checkpointed: the layer then starts from the named one, which may lie on the host.
@@ -175,7 +175,7 @@ class Decoder(nn.Module):
             then attends for them only, which for long prompts is most of what it does.
         """
         compute = jnp.dtype(self.config.precision.compute)
-        cut = "embed" if cache is None else "group_embed"  # as `for_decoding` lays parameters out
+        cut = embed_axis(cache is not None)
         x_BTD = look_up(self.embedding, tokens_BT, compute, cut)
         match self.config.position_embedding:
             case Sinusoidal() as spec:

@@ -9,8 +9,9 @@ from typing import Any, Literal
 from irope_jax.attention.stored import Numbers
 from irope_jax.core.chips import CHIPS, TARGETS, Chip
 from irope_jax.data.pipeline import DataConfig
-from irope_jax.model.cache import CacheSpec, fitting_capacity, for_documents_of
+from irope_jax.model.cache import CacheSpec, fitting_capacity
 from irope_jax.model.config import ModelConfig
+from irope_jax.model.decodable import for_documents_of
 from irope_jax.sharding.mesh import MeshConfig
 from irope_jax.train.loop import TrainConfig
 

@@ -21,17 +21,17 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh
 
+from irope_jax.core.chips import CHIPS, TARGETS, Chip
 from irope_jax.core.config import ConfigError
 from irope_jax.sharding.mesh import AXES, MeshConfig
 
 
 @dataclass(frozen=True)
 class Board:
-    """What XLA asks of a GPU (its `GpuTargetConfigProto`), with the numbers of the SXM board.
+    """What XLA asks of a GPU (its `GpuTargetConfigProto`) beside what `core.chips` knows of it.
 
-    Memory, bandwidth, multiprocessors and clock are of NVIDIA's data sheets and architecture papers (A100 80 GB, H100,
-    H200, HGX B200); shared memory is of the table of technical specifications by compute capability in the CUDA C++
-    Programming Guide.
+    Multiprocessors and clock are of NVIDIA's architecture papers (A100 80 GB, H100, H200, HGX B200, SXM boards); shared
+    memory is of the table of technical specifications by compute capability in the CUDA C++ Programming Guide.
     """
 
     name: str
@@ -39,14 +39,11 @@ class Board:
     fpus: int
     clock: float
     capability: int
-    bandwidth: int
-    memory: int
     cache: int
     shared: int
     shared_block: int
 
-    @property
-    def proto(self) -> str:
+    def proto(self, chip: Chip) -> str:
         return f"""
 gpu_device_info {{
   threads_per_block_limit: 1024  threads_per_warp: 32  threads_per_core_limit: 2048
@@ -54,7 +51,7 @@ gpu_device_info {{
   shared_memory_per_block_optin: {self.shared_block}
   core_count: {self.cores}  fpus_per_core: {self.fpus}  clock_rate_ghz: {self.clock}
   block_dim_limit_x: 2147483647  block_dim_limit_y: 65535  block_dim_limit_z: 65535
-  memory_bandwidth: {self.bandwidth}  l2_cache_size: {self.cache}  device_memory_size: {self.memory}
+  memory_bandwidth: {int(chip.bandwidth)}  l2_cache_size: {self.cache}  device_memory_size: {int(chip.memory)}
   registers_per_core_limit: 65536  registers_per_block_limit: 65536
   cuda_compute_capability {{ major: {self.capability} }}
 }}
@@ -66,14 +63,10 @@ device_description_str: "{self.name}"
 
 _MIB, _KIB = 2**20, 2**10
 GPUS = {
-    "a100": Board(
-        "NVIDIA A100-SXM4-80GB", 108, 64, 1.41, 8, 2_039 * 10**9, 80 * 10**9, 40 * _MIB, 164 * _KIB, 163 * _KIB
-    ),
-    "h100": Board(
-        "NVIDIA H100 80GB HBM3", 132, 128, 1.98, 9, 3_352_320_000_000, 85_029_158_912, 50 * _MIB, 228 * _KIB, 227 * _KIB
-    ),
-    "h200": Board("NVIDIA H200", 132, 128, 1.98, 9, 4_800 * 10**9, 141 * 10**9, 50 * _MIB, 228 * _KIB, 227 * _KIB),
-    "b200": Board("NVIDIA B200", 148, 128, 1.96, 10, 7_700 * 10**9, 180 * 10**9, 126 * _MIB, 228 * _KIB, 227 * _KIB),
+    "a100": Board("NVIDIA A100-SXM4-80GB", 108, 64, 1.41, 8, 40 * _MIB, 164 * _KIB, 163 * _KIB),
+    "h100": Board("NVIDIA H100 80GB HBM3", 132, 128, 1.98, 9, 50 * _MIB, 228 * _KIB, 227 * _KIB),
+    "h200": Board("NVIDIA H200", 132, 128, 1.98, 9, 50 * _MIB, 228 * _KIB, 227 * _KIB),
+    "b200": Board("NVIDIA B200", 148, 128, 1.96, 10, 126 * _MIB, 228 * _KIB, 227 * _KIB),
 }
 
 ENVIRONMENT = {
@@ -117,7 +110,7 @@ def target_devices(target: str) -> list[jax.Device]:
             raise TargetError("target", target, fix)
         if not shape.isdecimal():
             raise TargetError("target", target, "give the number of GPUs in one host, such as h100:8")
-        options = {"topology": f"1x1x{shape}", "target_config": GPUS[name.lower()].proto}
+        options = {"topology": f"1x1x{shape}", "target_config": GPUS[name.lower()].proto(CHIPS[TARGETS[name.lower()]])}
         return list(topologies.get_topology_desc("", "cuda", **options).devices)
     if (platform.system(), platform.machine()) != ("Linux", "x86_64"):
         where = f"{platform.system()} on {platform.machine()}"

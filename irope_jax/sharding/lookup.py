@@ -19,7 +19,7 @@ def look_up(table_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype, cut: st
 
     `cut` is the logical axis of the columns: `group_embed` for decoding, where all devices of `context` have them all.
     """
-    length = "group_length" if cut == "embed" else "length"
+    length = None if cut == "embed" else "length"
     tokens_BT = constrain(tokens_BT, "group_batch", length)
     x_BTD = jnp.take(table_VD, tokens_BT, axis=0).astype(dtype)
     x_BTD = constrain(x_BTD, "group_batch", length, cut)

@@ -23,7 +23,6 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp", "expert"),
     "length": "context",
     "group_batch": ("data", "expert"),  # whole within an (fsdp, context) group, beside columns that are cut there
-    "group_length": None,
     "host_slots": ("data", "fsdp", "expert", "context"),  # rows of a batch and slots of a cache, as one axis
     "group_embed": "fsdp",  # such columns, once the sequence is cut again
     # parameters; the widths inside a layer are also activations' last axes
@@ -86,7 +85,7 @@ def gathered(w: jax.Array, names: tuple[str | None, ...]) -> jax.Array:
     """A weight whose `embed` axis is whole on every device, so that a product with it sends nothing more.
 
     Its gradient is cut again. Left to itself the TPU compiler may turn the gather into as many products as there are
-    pieces, each beside a transfer: a layer of Scout over 8 devices then has half as many fusions again (428, not 272).
+    pieces, each beside a transfer.
 
     Args:
       w: a parameter, in the type that it is multiplied in.
@@ -160,6 +159,11 @@ def check_divides(name: str | None, size: int, devices: Mapping[str, int], where
         rest //= devices[axis]
 
 
+def embed_axis(for_decoding: bool) -> str:
+    """The logical axis of columns of parameters: for decoding they are whole along context, else a token would wait."""
+    return "group_embed" if for_decoding else "embed"
+
+
 def tree_shardings(boxed: Any, mesh: Mesh | AbstractMesh, *, whole_along_context: bool = False) -> Any:
     """Shardings of a tree of (abstract) arrays; leaves boxed by `nn.with_logical_partitioning` follow their names.
 
@@ -183,7 +187,7 @@ def tree_shardings(boxed: Any, mesh: Mesh | AbstractMesh, *, whole_along_context
             return leaf.value
         where = jax.tree_util.keystr(path, simple=True, separator="/")
         shape = tuple(leaf.value.shape)
-        names = tuple("group_embed" if whole_along_context and name == "embed" else name for name in leaf.names)
+        names = tuple(embed_axis(whole_along_context) if name == "embed" else name for name in leaf.names)
         for size, name in zip(shape, names, strict=True):
             check_divides(name, size, mesh.shape, f"{where} {shape}")
         return NamedSharding(mesh, spec(names))

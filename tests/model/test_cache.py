@@ -13,17 +13,10 @@ from irope_jax.attention.mask import Chunked, Global, Sliding, allowed
 from irope_jax.core.config import ConfigError
 from irope_jax.core.numerics import assert_close, tree_bytes
 from irope_jax.core.types import TokenInfo
-from irope_jax.model.cache import (
-    CacheSpec,
-    cache_bytes,
-    empty_cache,
-    for_documents_of,
-    fork,
-    new_cache,
-    row_bytes,
-)
+from irope_jax.model.cache import CacheSpec, cache_bytes, empty_cache, fork, new_cache, row_bytes
 from irope_jax.model.config import LayerSpec, ModelConfig, irope_layers
 from irope_jax.model.cost import abstract_params
+from irope_jax.model.decodable import for_documents_of
 from irope_jax.model.decoder import cached_hidden_states, hidden_states, init_params
 from irope_jax.model.feed_forward import SwiGLU
 from irope_jax.position.encoding import ALiBi, NoPE, RoPE

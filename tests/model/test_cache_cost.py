@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
@@ -11,15 +10,14 @@ from irope_jax.attention import cached
 from irope_jax.attention.mask import Global
 from irope_jax.core.numerics import tree_bytes
 from irope_jax.core.types import Precision
-from irope_jax.model.cache import CacheSpec, cache_shardings, empty_cache
+from irope_jax.model.cache import CacheSpec
 from irope_jax.model.config import LayerSpec, ModelConfig, irope_layers
-from irope_jax.model.cost import abstract_params
 from irope_jax.model.decoder import cached_hidden_states
 from irope_jax.model.feed_forward import SwiGLU
+from irope_jax.plan.compiled import abstract_cache, abstract_weights
 from irope_jax.plan.hlo import analyse
 from irope_jax.position.encoding import NoPE
 from irope_jax.sharding.mesh import MeshConfig, make_mesh
-from irope_jax.sharding.rules import tree_shardings
 from tests.topologies import targeting, tpu_mesh
 
 FFN = SwiGLU(16)
@@ -35,20 +33,13 @@ def model(*pattern, layers) -> ModelConfig:
 def compiled_step(config, spec, mesh, width=1):
     """One step of `width` tokens a row, from abstract arrays: nothing is allocated."""
 
-    def abstract(boxed, shardings):
-        leaves = nn.meta.unbox(boxed)
-        return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), leaves, shardings)
-
     def step(params, cache, tokens):
         info = cache.next_info(jnp.ones(tokens.shape, bool))
         hidden, w, cache = cached_hidden_states(config, params, tokens, info, cache)
         return jnp.argmax(hidden[:, -1] @ w, axis=-1), cache
 
     with jax.set_mesh(mesh):
-        places = tree_shardings(abstract_params(config), mesh, whole_along_context=True)
-        params = abstract(abstract_params(config), places)
-        boxed = jax.eval_shape(lambda: empty_cache(config, spec))
-        cache = abstract(boxed, cache_shardings(config, spec, mesh))
+        params, cache = abstract_weights(config, mesh), abstract_cache(config, spec, mesh)
         tokens = jax.ShapeDtypeStruct((spec.batch, width), jnp.int32)
         return jax.jit(step, donate_argnums=1).lower(params, cache, tokens).compile(), cache
 
