@@ -138,7 +138,8 @@ class _Planner:
             self.args = asked
 
     def _one(self, job: Job, target: str, chip: Chip | None):
-        by_hand, compiled = closed_form(job), self.compiled(job, target)
+        by_hand = closed_form(job, scatters=not target.startswith("cpu"))
+        compiled = self.compiled(job, target)
         if not self.args.json:
             print("\n".join(plan_lines(job, target, chip, compiled, by_hand)), flush=True)
         best = compiled if isinstance(compiled, Figures) else by_hand

@@ -109,8 +109,11 @@ def weights(model: ModelConfig, mesh: MeshConfig) -> list[Weight]:
     return found
 
 
-def closed_form(job: Job) -> Figures:
+def closed_form(job: Job, *, scatters: bool = True) -> Figures:
     """Figures of a job.
+
+    Args:
+      scatters: the compiler turns a sum that is cut afterwards into a reduce-scatter where it can. XLA:CPU does not.
 
     Raises:
       ConfigError: the sequence cannot be cut so.
@@ -126,8 +129,9 @@ def closed_form(job: Job) -> Figures:
             sent[kind], sent_by[name] = sent.get(kind, 0.0) + count, sent_by.get(name, 0.0) + count
 
     if job.mode == "train":
-        for send_all in (_send_weights, _send_attention, _send_tokens):
-            send_all(job, send)
+        _send_weights(job, send, scatters)
+        _send_attention(job, send)
+        _send_tokens(job, send)
         optimizer, host = _optimizer(job, parameters, item)
         kept, offloaded = kept_activations(job)
         traffic = _training_traffic(job, held, parameters, optimizer + host, kept)
@@ -238,23 +242,28 @@ def _training_traffic(job: Job, held: list[Weight], parameters: int, moments: in
     return job.train.accumulate * (passes + 1) * 2 * whole * item + 3 * parameters + 2 * moments + 2.0 * kept
 
 
-def _send_weights(job: Job, send) -> None:
+def _send_weights(job: Job, send, scatters: bool) -> None:
     """Weights gathered for each pass, gradients summed: where the mesh cuts or repeats them.
 
-    As compilers do it: a gradient is summed whole and then cut, and pieces that do not fill lanes are gathered as a sum
-    of whole arrays that are zero elsewhere. Both cost twice the bytes of what was asked for.
+    As compilers do it: pieces that do not fill lanes are gathered as a sum of whole arrays that are zero elsewhere, and
+    a gradient is summed whole and then cut. Both cost twice the bytes of what was asked for. Only in the layers, where
+    one axis cuts into whole lanes, a reduce-scatter sums a gradient for what it asks.
     """
-    model, compute = job.model, jnp.dtype(job.model.precision.compute).itemsize
+    model, mesh, compute = job.model, job.mesh, jnp.dtype(job.model.precision.compute).itemsize
     stored = jnp.dtype(model.precision.params).itemsize
     again = 2 if model.remat in REMATERIALISED and model.num_layers > len(model.period) else 1
-    for w in weights(model, job.mesh):
+    for w in weights(model, mesh):
         here = w.size * w.repeats / (w.parts / w.gathered)
         rest = (w.gathered - 1) / w.gathered
         if w.gathered > 1:
             passes = again if w.layer is not None else 1
-            kind, times = ("all-gather", 1) if model.d_model // w.gathered % LANES == 0 else ("all-reduce", 2)
+            lanes = model.d_model // w.gathered % LANES == 0
+            kind, times = ("all-gather", 1) if lanes else ("all-reduce", 2)
             send(w.layer, kind, job.train.accumulate * passes * here * compute * rest * times)
-            send(w.layer, "all-reduce", job.train.accumulate * 2 * here * compute * rest)
+            one_axis = 1 in (mesh.fsdp, mesh.context)
+            scatter = scatters and lanes and one_axis and w.layer is not None
+            kind, times = ("reduce-scatter", 1) if scatter else ("all-reduce", 2)
+            send(w.layer, kind, job.train.accumulate * here * compute * rest * times)
         n = w.summed
         if n > 1:
             kind = "all-reduce"
@@ -340,10 +349,15 @@ def _send_cached(job: Job, send) -> None:
     if mesh.tensor > 1:  # the table is cut by words, and looked up in the type it has
         stored = jnp.dtype(model.precision.params).itemsize
         send(None, "all-reduce", 2 * (1 - 1 / mesh.tensor) * queries * model.d_model * stored)
+    others = (mesh.context - 1) / mesh.context
     for i, layer in enumerate(model.period):
-        if mesh.context > 1 and layer.mask.reach is None:
-            heads = model.num_heads // mesh.tensor
-            share_of = (mesh.context - 1) / mesh.context * (1 if queries > rows else 2)
-            send(i, "all-reduce", repeats * queries * heads * (model.head_dim + 2) * 4 * share_of)
+        heads, key_heads = model.num_heads // mesh.tensor, model.num_kv_heads // mesh.tensor
+        partials = repeats * queries * heads * (model.head_dim + 2) * 4 * others if layer.mask.reach is None else 0
+        if job.mode == "decode":
+            send(i, "all-reduce", 2 * partials)
+        elif mesh.context > 1:  # each device has its part of a piece, and asks the keys of all
+            gathered = 2 * key_heads + (heads if layer.mask.reach is None else 0)
+            send(i, "all-gather", repeats * queries * gathered * model.head_dim * item * others)
+            send(i, "reduce-scatter", partials)
         if mesh.tensor > 1:
             send(i, "all-reduce", repeats * 2 * queries * model.d_model * item * 2 * (mesh.tensor - 1) / mesh.tensor)

@@ -10,9 +10,6 @@ from irope_jax.study import plots
 from irope_jax.study.attention import by_head, by_position, kind_of, layer_kinds, looked
 from irope_jax.study.collect import Arm
 
-KIND_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""Of kinds of layers; colours of runs would say something else."""
-
 
 def head_maps(arms: Sequence[Arm], path: Path) -> Path | None:
     """Mean distance and mass on the first tokens of every head: a line of two maps for each run."""
@@ -69,7 +66,7 @@ def entropy_curves(arms: Sequence[Arm], path: Path) -> Path | None:
     for axis in axes.flat[len(found) :]:
         axis.set_visible(False)
     every = dict.fromkeys(kind for arm, _ in found for kind in layer_kinds(arm).values())
-    colours = {kind: KIND_COLOURS[i % len(KIND_COLOURS)] for i, kind in enumerate(every)}
+    colours = {kind: plots.COLOURS[i % len(plots.COLOURS)] for i, kind in enumerate(every)}
     for axis, (arm, curves) in zip(axes.flat, found):
         for (_, mask, position), cells in curves.items():
             colour = colours[kind_of({"mask": mask, "position": position})]

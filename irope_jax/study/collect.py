@@ -79,17 +79,16 @@ class Arm:
 
         That is the one called like its kind, else the first that the config names, else one that was added later.
         """
-        specs = lookup(self.run.config, "evals") or ()
-        named = [spec.get("name") for spec in specs if isinstance(spec, dict) and spec.get("kind") == kind]
+        named = self.planned(kind)
         added = [event.details for event in self.run.events if event.name == "evaluation"]
         named += [details.get("evaluation") for details in added if details.get("kind") == kind]
         recorded = {m.evaluation for m in self.run.evals}
         return [name for name in dict.fromkeys([kind, *named]) if name in recorded]
 
-    def planned(self, kind: str) -> bool:
-        """Whether the config of the run names an evaluation of a kind."""
+    def planned(self, kind: str) -> list[str]:
+        """Names of the evaluations of a kind that the config of the run has."""
         specs = lookup(self.run.config, "evals") or ()
-        return any(isinstance(spec, dict) and spec.get("kind") == kind for spec in specs)
+        return [spec.get("name") for spec in specs if isinstance(spec, dict) and spec.get("kind") == kind]
 
     def measured_at(self, kind: str) -> int | None:
         """The last step at which the evaluation of a kind was recorded; `None` if never."""
@@ -163,6 +162,20 @@ def aggregate(measurements: Iterable[Measurement], keys: Sequence[str]) -> list[
         mean = math.fsum(m.value * m.count for m in groups[group]) / count
         cells.append(Cell(dict(zip(keys, group, strict=True)), mean, count))
     return cells
+
+
+def measured(arm: Arm, kind: str, name: str) -> list[tuple[str, Measurement]]:
+    """What every evaluation of a kind found at the last step at which it was recorded, with how to label it apart.
+
+    The label is empty where a run has one evaluation of the kind, else its name and a colon.
+    """
+    evaluations, found = arm.evaluations(kind), []
+    for evaluation in evaluations:
+        own = [m for m in arm.run.evals if m.evaluation == evaluation]
+        step = max(m.step for m in own)
+        label = f"{evaluation}: " if len(evaluations) > 1 else ""
+        found += [(label, m) for m in own if (m.step, m.name) == (step, name)]
+    return found
 
 
 def wilson(fraction: float, count: int, z: float = 1.959964) -> tuple[float, float]:

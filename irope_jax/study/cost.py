@@ -14,9 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from irope_jax.study import plots
-from irope_jax.study.collect import Arm
+from irope_jax.study.collect import Arm, measured
 from irope_jax.study.tables import ABSENT, Table
-from irope_jax.study.text_tasks import measured
 
 MEASURES = (
     ("prefill_seconds", "reading the text, s", 1.0),

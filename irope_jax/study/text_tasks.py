@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from irope_jax.core.records import Measurement
-from irope_jax.study.collect import Arm, Cell, aggregate
+from irope_jax.study.collect import Arm, Cell, aggregate, measured
 from irope_jax.study.tables import ABSENT, Table, accuracy, nll
 
 LIKELIHOODS = {
@@ -25,20 +25,6 @@ LIKELIHOODS = {
     "multiple_choice": ("acc", "acc_norm", "chance"),
 }
 """Kinds of evaluations and what they measure, in the order of the table."""
-
-
-def measured(arm: Arm, kind: str, name: str) -> list[tuple[str, Measurement]]:
-    """What every evaluation of a kind found at the last step at which it was recorded, with how to label it apart.
-
-    The label is empty where a run has one evaluation of the kind, else its name and a colon.
-    """
-    evaluations, found = arm.evaluations(kind), []
-    for evaluation in evaluations:
-        own = [m for m in arm.run.evals if m.evaluation == evaluation]
-        step = max(m.step for m in own)
-        label = f"{evaluation}: " if len(evaluations) > 1 else ""
-        found += [(label, m) for m in own if (m.step, m.name) == (step, name)]
-    return found
 
 
 def _suite(label: str, m: Measurement) -> str:

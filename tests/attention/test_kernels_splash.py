@@ -156,8 +156,8 @@ def test_bfloat16_panels_round_nothing_on_the_way():
         pairs = zip((out, *map(heads_first, (dq, dk, dv))), (want, *grads))
         errors.append([np.abs(np.asarray(a, np.float64) - b).max() for a, b in pairs])
     one, two = np.array(errors)
-    assert one[0] < 2e-6 and two[0] < 2e-6  # a bfloat16 output would be off by 4e-3
-    np.testing.assert_array_less(two, 1.2 * one + 2e-6)
+    assert one[0] < 1e-5 and two[0] < 1e-5  # a bfloat16 output would be off by 4e-3
+    np.testing.assert_array_less(two, 1.2 * one + 1e-5)
 
 
 def test_numbers_of_tokens_are_equal_where_document_and_chunk_are():

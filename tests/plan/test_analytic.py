@@ -33,14 +33,19 @@ DISAGREE = {
 """Cells in which the closed form is not within the bounds, and why."""
 
 
-@pytest.mark.parametrize("name", [*CELLS, *WHOLE])
+def test_every_cell_was_compiled():
+    """python scripts/refresh_plan_cells.py"""
+    assert STORED.keys() == {*CELLS, *WHOLE}
+
+
+def marked(name: str):
+    return pytest.param(name, marks=pytest.mark.xfail(strict=True, reason=DISAGREE[name])) if name in DISAGREE else name
+
+
+@pytest.mark.parametrize("name", [marked(name) for name in STORED])
 def test_it_agrees_with_the_compiler(name):
-    if name not in STORED:
-        pytest.skip("not compiled yet: python scripts/refresh_plan_cells.py")
-    if name in DISAGREE:
-        pytest.xfail(DISAGREE[name])
-    job = job_of(name)[1]
-    compiled, by_hand = Figures.of(STORED[name]), closed_form(job)
+    target, job = job_of(name)
+    compiled, by_hand = Figures.of(STORED[name]), closed_form(job, scatters=not target.startswith("cpu"))
     for field in ("parameters", "optimizer", "cache"):
         assert getattr(by_hand, field) == pytest.approx(getattr(compiled, field), rel=0.10), field
     assert by_hand.sent_bytes == pytest.approx(compiled.sent_bytes, rel=0.10)
