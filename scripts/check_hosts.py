@@ -1,4 +1,5 @@
-"""Train the same config in one process and in two, and show that the losses are the same, step by step.
+"""Train the same config in one process and in two, and show that the losses are the same, step by step; then generate
+from what was trained, in one and in two, and show that the texts are the same.
 
     python scripts/check_hosts.py
     python scripts/check_hosts.py --steps=40 --mesh=context=8
@@ -6,8 +7,9 @@
 
 One process with eight simulated CPU devices, then two processes with four each, which meet over localhost as those of
 two machines would (gloo): on meshes that cut the batch across processes, the batch across and the sequence inside them,
-and the sequence across. Runs the evaluations of the config on the first mesh. Prints a table and the greatest
-difference. Exit code 0: within --tolerance everywhere. 1: not, or a run failed. About three minutes on two idle cores.
+and the sequence across. Runs the evaluations of the config on the first mesh. Text is chosen greedily and sampled, from
+a cache cut over all eight devices. Prints a table, the greatest difference and the texts. Exit code 0: losses within
+--tolerance everywhere and texts equal. 1: not, or a run failed. About four minutes on two idle cores.
 """
 
 from __future__ import annotations
@@ -35,25 +37,24 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start(directory: Path, command: list[str], devices: int, log: Path) -> subprocess.Popen:
+def start(command: list[str], devices: int, log: Path, out: Path | None = None) -> subprocess.Popen:
     flags = os.environ.get("XLA_FLAGS", "") + f" --xla_force_host_platform_device_count={devices}"
     path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
     environ = os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "PYTHONPATH": path}
-    with open(log, "ab") as file:
-        return subprocess.Popen(
-            [sys.executable, "-m", "irope_jax.cli", *command, f"--run-dir={directory}"],
-            stdout=file, stderr=file, env=environ,
-        )  # fmt: skip
+    with open(log, "ab") as file, open(out or log, "ab") as output:
+        command = [sys.executable, "-m", "irope_jax.cli", *command]
+        return subprocess.Popen(command, stdout=output, stderr=file, env=environ)
 
 
-def run(directory: Path, command: list[str], processes: int, timeout: float) -> float:
-    """Train to the end; seconds it took."""
+def run(name: Path, command: list[str], processes: int, timeout: float, outputs: bool = False) -> float:
+    """Run a verb to its end; seconds it took. Process k logs to `NAME.k.log`; `outputs`: and prints to `NAME.k.out`."""
     began, port, started = time.monotonic(), free_port(), []
-    logs = [directory.with_name(f"{directory.name}.{k}.log") for k in range(processes)]
+    logs = [name.with_name(f"{name.name}.{k}.log") for k in range(processes)]
     try:
         for k, log in enumerate(logs):
             joined = [f"--coordinator=127.0.0.1:{port}", f"--process-id={k}", f"--num-processes={processes}"]
-            started.append(start(directory, command + (joined if processes > 1 else []), DEVICES // processes, log))
+            out = log.with_suffix(".out") if outputs else None
+            started.append(start(command + (joined if processes > 1 else []), DEVICES // processes, log, out))
         for process, log in zip(started, logs, strict=True):
             code = process.wait(max(1.0, began + timeout - time.monotonic()))
             if code:
@@ -65,6 +66,26 @@ def run(directory: Path, command: list[str], processes: int, timeout: float) -> 
             if process.poll() is None:
                 process.kill()
     return time.monotonic() - began
+
+
+def texts_agree(where: Path, trained: Path, timeout: float) -> bool:
+    """Whether one process and two print the same text, and of the two only the first prints."""
+    agree = True
+    for kind, how in (("greedy", ["--temperature=0"]), ("sampled", ["--temperature=1", "--seed=3", "--samples=2"])):
+        printed = []
+        for processes in (1, 2):
+            name = where / f"generate_{kind}.{processes}"
+            command = ["generate", f"--checkpoint={trained}", "--prompt=In the beginning", "--tokens=24", *how]
+            seconds = run(name, [*command, "--ignore-eos"], processes, timeout, outputs=True)
+            print(
+                f"  generate, {kind:<10} {processes} process{'es' if processes > 1 else '  '} {seconds:6.1f} s",
+                flush=True,
+            )
+            printed.append([name.with_name(f"{name.name}.{k}.out").read_text() for k in range(processes)])
+        (alone,), (first, second) = printed
+        print("   ", repr(alone), flush=True)
+        agree = agree and alone == first and bool(alone.strip()) and not second
+    return agree
 
 
 def main() -> int:
@@ -95,7 +116,7 @@ def main() -> int:
         curves = []
         for processes in (1, 2):
             directory = where / f"{mesh.replace(',', '_')}.{processes}"
-            seconds = run(directory, command, processes, args.timeout)
+            seconds = run(directory, [*command, f"--run-dir={directory}"], processes, args.timeout)
             read = load_run(directory)
             curves.append([record.scalars["loss"] for record in read.train])
             curves[-1] += [record.value for record in read.evals]
@@ -113,10 +134,10 @@ def main() -> int:
         print(f"  {step + 1:>4}  {cells}")
     differences = [max(abs(a - b) for a, b in zip(*pair, strict=True)) for pair in columns.values()]
     print("  " + "diff  " + "  ".join(f"{difference:^23.1e}" for difference in differences))
-    good = worst <= args.tolerance
-    print(
-        f"\ngreatest difference {worst:.1e} over losses and {measured} measurements a run; {'ok' if good else 'FAIL'}"
-    )
+    same = texts_agree(where, directory, args.timeout)
+    good = worst <= args.tolerance and same
+    print(f"\ngreatest difference {worst:.1e} over losses and {measured} measurements a run")
+    print(f"texts {'equal' if same else 'DIFFER'}; {'ok' if good else 'FAIL'}")
     if good and args.dir is None:
         shutil.rmtree(where)
     elif not good:

@@ -136,14 +136,43 @@ class Stored:
         return self.unpack(cut(self.data, 3), scales)
 
     def write(self, repeat: int | Array, slot_BT: Array, x_BTKH: Array) -> Stored:
-        """The same with vectors put at slots of one layer; those at slots that do not exist are left out."""
-        rows = jnp.arange(slot_BT.shape[0])[:, None]
-        in_order = lambda x: with_layout_constraint(x, Layout((0, 1, 2, 3, 4)))
+        """The same with vectors put at slots of one layer; those at slots that do not exist are left out.
+
+        Args:
+          slot_BT: those of a row that exist follow one another, or go round from the last to the first.
+        """
         data, scales = self.pack(x_BTKH)
-        data = in_order(self.data.at[repeat, rows, :, slot_BT].set(data, mode="drop"))
+        data = _put(self.data, repeat, slot_BT, data, 3)
         if scales is not None:
-            scales = in_order(self.scales.at[repeat, rows, :, :, slot_BT].set(scales, mode="drop"))
+            scales = _put(self.scales, repeat, slot_BT, scales, 4)
         return self.replace(data=data, scales=scales)
+
+
+def _put(x: Array, repeat: int | Array, slot_BT: Array, new: Array, axis: int) -> Array:
+    """`x [R, B, K, ...]` with `new [B, T, K, ...]` at slots of one layer, which lie along `axis`.
+
+    Slots of a row follow one another, and after the last comes the first. So a stretch of them, or two, is read,
+    changed and put back, row after row: of a scatter, and of a loop over rows, XLA:TPU makes a copy of all of `x`.
+    """
+    (rows, length), slots = slot_BT.shape, x.shape[axis]
+    width, real_BT = min(slots, length), slot_BT < slots
+    first_B = jnp.take_along_axis(slot_BT, jnp.argmax(real_BT, axis=1)[:, None], axis=1)[:, 0]
+    starts = [jnp.minimum(first_B, slots - width)]
+    if 1 < width < slots:
+        starts.append(jnp.zeros_like(first_B))
+    for start_B in starts:
+        at_BT = slot_BT - start_B[:, None]
+        at_BT = jnp.where(real_BT & (at_BT >= 0), at_BT, width)
+        nobody = jnp.full((rows, width), length, jnp.int32)
+        token_BW = nobody.at[jnp.arange(rows)[:, None], at_BT].set(jnp.arange(length), mode="drop")
+        for row in range(rows):
+            start, sizes = [repeat, row, 0, 0, 0], [1, 1, *x.shape[2:]]
+            start[axis], sizes[axis] = start_B[row], width
+            vectors = jnp.take(new[row], token_BW[row], axis=0, mode="clip")
+            vectors = jnp.moveaxis(vectors, 0, axis - 2)[None, None]
+            changed = jnp.expand_dims(token_BW[row] < length, [i for i in range(5) if i != axis])
+            x = lax.dynamic_update_slice(x, jnp.where(changed, vectors, lax.dynamic_slice(x, start, sizes)), start)
+    return with_layout_constraint(x, Layout((0, 1, 2, 3, 4)))
 
 
 @flax.struct.dataclass

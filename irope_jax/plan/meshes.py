@@ -9,6 +9,7 @@ from typing import Any
 
 from irope_jax.core.chips import Chip
 from irope_jax.core.config import ConfigError
+from irope_jax.model.moe import MoE
 from irope_jax.plan.analytic import closed_form
 from irope_jax.plan.job import Failure, Figures, Job, Mode, roofline
 from irope_jax.sharding.mesh import AXES, MeshConfig
@@ -72,7 +73,10 @@ def candidates(
     remats = REMATS if mode == "train" else (experiment.model.remat,)
     found, refused = [], set()
     layouts = ("zigzag", "contiguous")
+    experts = any(isinstance(layer.ffn, MoE) for layer in experiment.model.period)
     for mesh, layout in itertools.product(meshes(devices), layouts):
+        if mesh.expert > 1 and not experts:
+            continue  # a dense model is cut there as by `data`
         if layout == "contiguous" and (mesh.context == 1 or mode != "train"):
             continue
         for remat in remats:

@@ -81,6 +81,18 @@ def test_a_step_reads_the_cache_once(monkeypatch):
     assert ratio < 1.15
 
 
+@pytest.mark.parametrize(("rows", "width"), [(16, 1), (2, 128)])
+def test_a_tpu_does_not_copy_the_cache_for_several_rows_or_a_piece_of_a_prompt(rows, width):
+    mesh = tpu_mesh("v5e:2x2", context=4)
+    config = dataclasses.replace(
+        model(*irope_layers(8192, FFN), layers=8), num_heads=40, num_kv_heads=8, head_dim=128,
+        precision=Precision("bfloat16", "bfloat16"),
+    )  # fmt: skip
+    with targeting(mesh):
+        program, cache = compiled_step(config, CacheSpec(rows, LONG // rows), mesh, width)
+    assert program.memory_analysis().temp_size_in_bytes < 0.1 * tree_bytes(cache) / 4
+
+
 @pytest.mark.parametrize(("numbers", "share"), [("bfloat16", 0.02), ("int8", 0.08)])
 def test_a_tpu_neither_copies_the_cache_nor_sends_more(numbers, share):
     """Compiled for four chips at Scout's heads: what the layout of a cache costs is seen only there."""
