@@ -121,7 +121,7 @@ class _Planner:
             if size is None or chip is None:
                 raise
             self.say(f"{error}")
-            self.say("no compiler for it here: by hand only, temporaries are not known")
+            self.say("no compiler for it here: by hand only")
             self.args = argparse.Namespace(**{**vars(self.args), "closed_form": True})
             return size
 

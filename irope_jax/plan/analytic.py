@@ -7,8 +7,11 @@
     sent         attention as `context.strategy` decides, weights gathered and gradients summed, experts, tensor parts
     FLOPs        2 a weight and token forward, twice that backward; 4 N H a visible pair forward, 10 N H backward
 
-Temporaries (what lives within a layer, logits of a chunk, copies that a compiler makes) are not here: only a compiler
-knows them. `traffic` is a floor: weights, moments and what is kept, moved as often as a step must.
+    working      what lives within a layer: a fit to what compilers allocate, within a fifth (`tests/plan/cells.json`)
+
+Only a compiler knows its temporaries; the fit is there to tell what may fit from what cannot. For decoding it is left
+out: there a step holds little beside its cache. `traffic` is a floor: weights, moments and what is kept, moved as often
+as a step must.
 """
 
 from __future__ import annotations
@@ -136,9 +139,11 @@ def closed_form(job: Job, *, scatters: bool = True) -> Figures:
         kept, offloaded = kept_activations(job)
         traffic = _training_traffic(job, held, parameters, optimizer + host, kept)
         flops = _training_flops(job, held)
+        temporaries = kept + parameters + working_bytes(job, held)  # those in the middle are gradients
         return Figures(
-            parameters=parameters, optimizer=optimizer, kept=kept, host=host + offloaded, flops=flops,
-            total=2 * parameters + optimizer + kept, traffic=traffic, sent=sent, sent_by=dict(sorted(sent_by.items())),
+            parameters=parameters, optimizer=optimizer, kept=kept, host=host + offloaded, temporaries=temporaries,
+            total=parameters + optimizer + temporaries, flops=flops, traffic=traffic, sent=sent,
+            sent_by=dict(sorted(sent_by.items())),
         )  # fmt: skip
     cache = _cache(job)
     _send_cached(job, send)
@@ -181,6 +186,25 @@ def kept_activations(job: Job) -> tuple[int, int]:
     memories = {layer: layer_memory(here, layer, tokens // length, length) for layer in set(here.period)}
     of = lambda where: repeats * sum(memories[layer].bytes(where) for layer in here.period)
     return of("device"), of("host")
+
+
+def working_bytes(job: Job, held: list[Weight]) -> int:
+    """What lives within a layer and at the head: the weights of the greatest layer gathered for a product, with their
+    gradient in float32; that of the head, whole; and some activations of the widths of the model.
+    """
+    model, item = job.model, jnp.dtype(job.model.precision.compute).itemsize
+    gathered = lambda layer: sum(w.size * w.gathered // w.parts for w in held if w.layer == layer)
+    layer = max(map(gathered, range(len(model.period))))
+    head = model.vocab_size * model.d_model // job.mesh.tensor
+    widest = max(_hidden(spec.ffn) for spec in model.period) // job.mesh.tensor
+    return layer * (item + 4) + head * 4 + tokens_here(job) * item * (4 * widest + 3 * model.d_model)
+
+
+def _hidden(spec: FfnSpec) -> int:
+    """Hidden numbers of a token."""
+    if isinstance(spec, MoE):
+        return spec.hidden_dim * spec.top_k + (_hidden(spec.shared) if spec.shared else 0)
+    return spec.hidden_dim
 
 
 def attention_flops(job: Job, layer: int, *, forward: int, backward: bool, kernels: bool = False) -> float:

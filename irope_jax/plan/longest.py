@@ -18,8 +18,7 @@ def longest(
 ) -> tuple[int | None, list[str]]:
     """`(tokens, what was tried)`: the greatest power of two whose step fits the chip.
 
-    By hand nothing is known of temporaries, so what fits by hand is an upper bound. It is halved until a compile fits;
-    without a compiler it is the answer.
+    What fits by hand is where compiles begin: it is halved until one fits. Without a compiler it is the answer.
 
     Args:
       build: the job of a length; raises `ConfigError` where something does not divide.
@@ -35,7 +34,7 @@ def longest(
             return None, tried
         result = compile_job(job)
         if result is None:
-            tried.append(f"{length:,} tokens: {closed_form(job).total / 1e9:.1f} GB by hand, temporaries not counted")
+            tried.append(f"{length:,} tokens: {closed_form(job).total / 1e9:.1f} GB by hand")
             return length, tried
         if isinstance(result, Figures) and result.total <= chip.memory:
             tried.append(f"{length:,} tokens: {result.total / 1e9:.1f} GB, fits")

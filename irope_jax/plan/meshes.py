@@ -14,8 +14,8 @@ from irope_jax.plan.analytic import closed_form
 from irope_jax.plan.job import Failure, Figures, Job, Mode, roofline
 from irope_jax.sharding.mesh import AXES, MeshConfig
 
-ROOM = 0.85
-"""Share of a chip that parameters, optimizer, gradients and what is kept may take: the rest is for temporaries."""
+ROOM = 0.95
+"""Share of a chip that a step may take by hand, where temporaries are a fit."""
 
 REMATS = ("none", "attention", "full", "offload", "offload_inputs")
 

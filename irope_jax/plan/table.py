@@ -51,14 +51,18 @@ def _memory(chip: Chip | None, compiled: Figures | None, by_hand: Figures) -> li
         pair = tuple(None if one is None else getattr(one, name) for one in (compiled, by_hand))
         if any(pair):
             rows.append((label, _giga(pair[0]), _giga(pair[1]), flag(*pair)))
+    rest = tuple(
+        None if one is None or one.temporaries is None else one.temporaries - (one.kept or 0)
+        for one in (compiled, by_hand)
+    )
+    if any(rest):
+        rows.append(("other temporaries", *map(_giga, rest), ""))
     if compiled is not None:
-        rest = compiled.temporaries - (compiled.kept or 0)
-        rows.append(("other temporaries", _giga(rest), "", ""))
         others = compiled.total - compiled.temporaries - compiled.parameters - compiled.optimizer - compiled.cache
         rows.append(("batch, outputs", _giga(max(others, 0)), "", ""))
-        rows.append(("all", _giga(compiled.total), "", fits(compiled.total, chip)))
+        rows.append(("all", _giga(compiled.total), _giga(by_hand.total), fits(compiled.total, chip)))
     else:
-        rows.append(("these, and gradients", "", _giga(by_hand.total), fits(by_hand.total, chip)))
+        rows.append(("all", "", _giga(by_hand.total), fits(by_hand.total, chip)))
     if by_hand.host or (compiled is not None and compiled.host):
         rows.append(("on the host", _giga(None if compiled is None else compiled.host), _giga(by_hand.host), ""))
     return _columns(rows)

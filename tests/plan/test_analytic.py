@@ -54,6 +54,12 @@ def test_it_agrees_with_the_compiler(name):
         assert by_hand.kept == pytest.approx(compiled.kept, rel=0.20)
 
 
+@pytest.mark.parametrize("name", [name for name in STORED if "train" in CELLS.get(name, "train") and "cpu" not in name])
+def test_all_that_a_tpu_holds_in_training_is_told_within_a_seventh(name):
+    compiled, by_hand = Figures.of(STORED[name]), closed_form(job_of(name)[1])
+    assert by_hand.total == pytest.approx(compiled.total, rel=0.15)
+
+
 @pytest.mark.parametrize("file", ["debug.py", "llama4_scout.py", "llama4_maverick.py", "llama3_8b.py"])
 def test_weights_are_those_that_the_model_makes(file):
     model = resolve(load_config(str(CONFIGS / file))).model
