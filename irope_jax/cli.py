@@ -17,6 +17,7 @@ from irope_jax import __version__
 from irope_jax.core.config import ConfigError, nearest
 from irope_jax.generate_flags import add_generate
 from irope_jax.plan_flags import add_plan
+from irope_jax.sweep_flags import add_sweep
 
 DESCRIPTION = """\
 Train, extend, measure and compare long-context language models (iRoPE and its rivals) in JAX.
@@ -33,6 +34,7 @@ A run is a config file; every value of it can be changed on the command line:
   irope eval   runs/debug                                     evaluate its newest checkpoint
   irope generate --checkpoint=runs/debug --prompt='It was '   what it writes on
   irope report runs/debug runs/deep                           tables and pictures of several runs on one page
+  irope sweep  experiments/what_irope_buys/grid.py            every run of a study, those left over if started again
   irope import model.gguf runs/model                          a Hugging Face or GGUF model as a run directory
   irope export runs/model exported/model                      a run as a Hugging Face folder, or a GGUF file
   irope search-rope --checkpoint=runs/extend_tiny --config=configs/search_rope.py:tiny
@@ -343,6 +345,7 @@ examples:
         "--decode", type=int, metavar="LENGTH", help="also what the cache of a row of so many tokens takes, by layer"
     )
     add_plan(verb, CONFIG_HELP)
+    add_sweep(verb)
     return parser, verbs.choices
 
 

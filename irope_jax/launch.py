@@ -152,7 +152,7 @@ class Launcher:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             start_new_session=True,  # Ctrl-C comes once, through the launcher
-            preexec_fn=_end_with_parent if sys.platform == "linux" else None,
+            preexec_fn=end_with_parent if sys.platform == "linux" else None,
         )
 
     def _wait(self, began: float) -> int:
@@ -207,6 +207,6 @@ class Launcher:
             print(f"irope launch: {text}", file=sys.stderr, flush=True)
 
 
-def _end_with_parent() -> None:
+def end_with_parent() -> None:
     """In a new process: SIGKILL when the launcher is gone, which could not end it any more (prctl PR_SET_PDEATHSIG)."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)

@@ -38,6 +38,7 @@ from irope_jax.show import show_verb
 from irope_jax.stages import experiment_at, settings_of
 from irope_jax.study.plots import PlotsMissingError
 from irope_jax.study.report import summary_tables, terminal_tables, write_report
+from irope_jax.sweep import sweep_verb
 from irope_jax.train.loop import TrainingError, train
 from irope_jax.train.profile import Profiler, Steps
 from irope_jax.train.spikes import SpikeError
@@ -216,6 +217,8 @@ def _evaluate_config(args: argparse.Namespace, overrides: Overrides) -> int:
             params, step = params_from(train.init_from, experiment.model, mesh)
             log.info("weights are those of %s at step %d", train.init_from, step)
         _measure(experiment, chosen, params, step, directory, writer, {spec.name: spec for spec in chosen})
+        if len(chosen) == len(experiment.evals):
+            writer.event(step, "evaluated")
     log.info("recorded in %s; tables and pictures: irope report %s", directory, directory)
     return 0
 
@@ -288,4 +291,5 @@ VERBS = {
     "report": report_verb,
     "search-rope": search_rope_verb,
     "show": show_verb,
+    "sweep": sweep_verb,
 }

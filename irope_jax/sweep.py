@@ -1,0 +1,349 @@
+"""`irope sweep`: the cells of a study, run one after the other or several at a time, each as a process of its own.
+
+A cell is `irope train` (or `eval`) with a config and overrides, so whatever holds for a run holds for it: killed, it
+goes on from its newest checkpoint, and finished, it is not run again. This process never computes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.util
+import inspect
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from irope_jax.core.config import ConfigError, fingerprint
+from irope_jax.core.records import RECORDS_FILE, RecordError, is_run, load_run
+from irope_jax.experiment import Experiment, load_config, resolve
+from irope_jax.launch import PROGRAM, STOPPED, end_with_parent
+from irope_jax.study.grid import Cell, Study
+from irope_jax.sweep_cluster import write_jobs
+
+LOGS = "logs"
+ENDED = ("finished", "evaluated")
+_TAIL = 1 << 16
+_PLAIN_EVERY = 30.0
+"""Seconds between lines about running cells where there is no terminal."""
+
+
+@dataclass
+class Work:
+    """A cell on its way.
+
+    Attributes:
+      state: `waiting`, `running`, `done`, `failed`, `stopped` or `blocked` (what it starts from failed).
+      command: what runs it.
+      experiment: the resolved config.
+      note: why it failed.
+    """
+
+    cell: Cell
+    directory: Path
+    command: list[str]
+    experiment: Experiment
+    log: Path
+    state: str = "waiting"
+    note: str = ""
+    process: subprocess.Popen | None = None
+    began: float = 0.0
+    seconds: float = 0.0
+    first_step: int = 0
+    seen: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def steps(self) -> int:
+        stages = self.experiment.stages
+        return sum(stage.steps for stage in stages) if stages else self.experiment.train.steps
+
+
+def sweep_verb(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
+    if overrides:
+        fix = "a sweep takes its values from the grid; write an axis or an override there"
+        raise ConfigError(f"config.{overrides[0][0]}", overrides[0][1], fix)
+    if args.jobs < 1:
+        raise ConfigError("--jobs", args.jobs, "cells at a time; use 1 or more")
+    study = load_study(args.grid, args.scale)
+    cells = study.chosen(args.only or ())
+    root = Path(args.runs or Path("runs") / study.name)
+    works = [work_of(cell, Path(args.grid).parent, root, study) for cell in cells]
+    if args.slurm or args.jobset:
+        again = ["irope", "sweep", args.grid, f"--runs={root}"]
+        again += [f"--scale={args.scale}"] * bool(args.scale) + [f"--only={word}" for word in args.only or ()]
+        for line in write_jobs(study.name, levels(cells), again, args.slurm, args.jobset):
+            print(line)
+        return 0
+    if args.task:
+        works = [_task(works, args.task)]
+    if args.list:
+        for work in works:
+            print(f"{_state(work):<8} {work.cell.name:<40} {shlex.join(work.command)}")
+        return 0
+    return Sweep(study, works, args.jobs).run()
+
+
+def load_study(path: str | os.PathLike, scale: str | None = None) -> Study:
+    """The study of a grid file.
+
+    Raises:
+      ConfigError: no such file, or it does not define `get_study`.
+    """
+    path = Path(path)
+    path = path / "grid.py" if path.is_dir() else path
+    if not path.is_file():
+        raise ConfigError("GRID", str(path), "no such file; name experiments/<question>/grid.py")
+    spec = importlib.util.spec_from_file_location(f"irope_grid_{path.parent.name}", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    sys.path.insert(0, str(path.parent.absolute()))
+    try:
+        spec.loader.exec_module(module)
+        make = getattr(module, "get_study", None)
+        if make is None:
+            raise ConfigError("GRID", str(path), "the file has no get_study(); define one that returns a Study")
+        if scale and not inspect.signature(make).parameters:
+            raise ConfigError("--scale", scale, f"get_study() of {path} takes no scale; leave it out")
+        study = make(scale) if scale else make()
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError("GRID", str(path), f"failed while running: {type(error).__name__}: {error}") from error
+    finally:
+        sys.path.remove(str(path.parent.absolute()))
+    if not isinstance(study, Study):
+        raise ConfigError("GRID", str(path), f"get_study() returned a {type(study).__name__}, not a Study")
+    return study
+
+
+def directory_of(root: Path, cell: str) -> Path:
+    return root / cell
+
+
+def work_of(cell: Cell, folder: Path, root: Path, study: Study) -> Work:
+    """The command of a cell, and its config resolved: mistakes are found before anything runs.
+
+    Raises:
+      ConfigError: its config or overrides are wrong; the message names the cell.
+    """
+    file, colon, argument = cell.config.partition(":")
+    beside = folder / file
+    config = f"{beside if beside.is_file() else file}{colon}{argument}"
+    directory = directory_of(root, cell.name)
+    values = {"name": f"{study.name}/{cell.name}", **cell.overrides}
+    if cell.starts_from:
+        values["train.init_from"] = str(directory_of(root, cell.starts_from))
+    assignments = [(path, value if isinstance(value, str) else repr(value)) for path, value in values.items()]
+    command = [cell.verb, f"--config={config}", f"--run-dir={directory}"]
+    command += [f"--config.{path}={value}" for path, value in assignments]
+    try:
+        experiment = resolve(load_config(config), assignments)
+    except ConfigError as error:
+        raise error.within(f"cell {cell.name}") from None
+    return Work(cell, directory, command, experiment, root / LOGS / f"{cell.name.replace('/', '.')}.log")
+
+
+def levels(cells: Sequence[Cell]) -> list[list[Cell]]:
+    """Cells that start from nothing, those that start from one of them, and so on."""
+    depth: dict[str, int] = {}
+    for cell in cells:
+        depth[cell.name] = depth[cell.starts_from] + 1 if cell.starts_from in depth else 0
+    return [[c for c in cells if depth[c.name] == level] for level in range(max(depth.values()) + 1)]
+
+
+def _task(works: list[Work], task: str) -> Work:
+    level, _, index = task.partition(":")
+    parts = levels([work.cell for work in works])
+    try:
+        cell = parts[int(level)][int(index)]
+    except (ValueError, IndexError):
+        raise ConfigError("--task", task, f"LEVEL:INDEX, of {[len(part) for part in parts]} cells by level") from None
+    return next(work for work in works if work.cell is cell)
+
+
+def is_done(work: Work) -> bool:
+    """Whether a run directory says that it ended, with the very config that the grid has now."""
+    if not is_run(work.directory):
+        return False
+    try:
+        run = load_run(work.directory)
+    except RecordError:
+        return False  # the cell itself will say what is wrong
+    told = (*ENDED, "start", "config_changed")
+    last = next((event for event in reversed(run.events) if event.name in told), None)
+    return run.fingerprint == fingerprint(work.experiment) and last is not None and last.name in ENDED
+
+
+def _state(work: Work) -> str:
+    return "done" if is_done(work) else "cut" if is_run(work.directory) else "new"
+
+
+class Sweep:
+    """Runs cells to their end. SIGINT and SIGTERM let the running ones save; a second signal ends them."""
+
+    def __init__(self, study: Study, works: Sequence[Work], jobs: int):
+        self._study, self._works, self._jobs = study, list(works), jobs
+        self._by_name = {work.cell.name: work for work in works}
+        self._asked: int | None = None
+        self._console = Console(stderr=True)
+        self._told = 0.0
+
+    def run(self) -> int:
+        """0; 1 if a cell failed; 128 + the signal that ended the sweep."""
+        for work in self._works:
+            if is_done(work):
+                work.state, work.seen = "done", _last_record(work.directory)
+        previous = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
+        live = Live(console=self._console, refresh_per_second=2, get_renderable=self.table, transient=True)
+        try:
+            with live if self._console.is_terminal else contextlib.nullcontext():
+                while self._advance():
+                    time.sleep(0.2)
+        finally:
+            for work in self._works:
+                if work.process is not None and work.process.poll() is None:
+                    work.process.kill()
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+        self._console.print(self.table())
+        failed = [work for work in self._works if work.state in ("failed", "blocked")]
+        for work in failed:
+            print(f"irope sweep: {work.cell.name} {work.state}: {work.note}", file=sys.stderr)
+        if self._asked is not None:
+            print("irope sweep: stopped; the same command goes on", file=sys.stderr)
+            return 128 + self._asked
+        return 1 if failed else 0
+
+    def _advance(self) -> bool:
+        """Look after what runs and start what can be; whether anything is left to wait for."""
+        for work in self._works:
+            if work.state == "running":
+                self._look_after(work)
+        running = sum(work.state == "running" for work in self._works)
+        for work in self._works:
+            if work.state != "waiting" or self._asked is not None:
+                continue
+            before = self._by_name.get(work.cell.starts_from)
+            if before is not None and before.state in ("failed", "blocked"):
+                work.state, work.note = "blocked", f"it starts from {before.cell.name}, which failed"
+                self._say(work)
+            elif running < self._jobs and (before is None or before.state == "done"):
+                self._start(work)
+                running += 1
+        if not self._console.is_terminal and time.monotonic() - self._told > _PLAIN_EVERY:
+            for work in self._works:
+                if work.state == "running":
+                    self._say(work)
+        return running > 0
+
+    def _start(self, work: Work) -> None:
+        work.log.parent.mkdir(parents=True, exist_ok=True)
+        with open(work.log, "ab") as log:
+            log.write(f"\n$ irope {shlex.join(work.command)}\n".encode())
+            log.flush()
+            work.process = subprocess.Popen(
+                [*PROGRAM, *work.command], stdin=subprocess.DEVNULL, stdout=log, stderr=log,
+                env=os.environ | {"PYTHONUNBUFFERED": "1"}, start_new_session=True,
+                preexec_fn=end_with_parent if sys.platform == "linux" else None,
+            )  # fmt: skip
+        work.state, work.began = "running", time.monotonic()
+        work.first_step = int(_last_record(work.directory).get("step", 0))
+        self._say(work)
+
+    def _look_after(self, work: Work) -> None:
+        work.seconds = time.monotonic() - work.began
+        work.seen = _last_record(work.directory)
+        code = work.process.poll()
+        if code is None:
+            return
+        if code == 0:
+            work.state = "done"
+        elif code in STOPPED or self._asked is not None:
+            work.state, work.note = "stopped", "saved"
+        else:
+            work.state, work.note = "failed", f"exit code {code}: {_last_line(work.log)}; see {work.log}"
+        self._say(work)
+
+    def _ask(self, number: int, _: object) -> None:
+        again, self._asked = self._asked is not None, number
+        for work in self._works:
+            if work.process is not None and work.process.poll() is None:
+                work.process.send_signal(signal.SIGKILL if again else signal.SIGTERM)
+
+    def table(self) -> Table:
+        """Cells and how far they are."""
+        done = sum(work.state == "done" for work in self._works)
+        table = Table(title=f"{self._study.name}: {done} of {len(self._works)} cells done")
+        for column in ("cell", "state", "step", "loss", "time", "left"):
+            table.add_column(column, justify="left" if column in ("cell", "state") else "right")
+        for work in self._works:
+            step = int(work.seen.get("step", 0))
+            shown = f"{step:,} / {work.steps:,}" if work.cell.verb == "train" and step else ""
+            loss = work.seen.get("loss")
+            table.add_row(
+                work.cell.name, work.state, shown, f"{loss:.3f}" if isinstance(loss, float) else "",
+                _clock(work.seconds) if work.seconds else "", self._left(work),
+            )  # fmt: skip
+        return table
+
+    def _left(self, work: Work) -> str:
+        made = int(work.seen.get("step", 0)) - work.first_step
+        if work.state != "running" or made <= 0:
+            return ""
+        return _clock(work.seconds / made * max(work.steps - work.first_step - made, 0))
+
+    def _say(self, work: Work) -> None:
+        """Where there is no table to look at."""
+        if self._console.is_terminal:
+            return
+        self._told = time.monotonic()
+        done = sum(one.state == "done" for one in self._works)
+        step, loss = work.seen.get("step"), work.seen.get("loss")
+        words = [f"[{done}/{len(self._works)}] {work.cell.name} {work.state}"]
+        if step and work.cell.verb == "train":
+            words.append(f"step {step:,}/{work.steps:,}" + (f" loss {loss:.3f}" if isinstance(loss, float) else ""))
+        words += [f"{_clock(work.seconds)}"] if work.seconds else []
+        words += [f"{left} left"] if (left := self._left(work)) else []
+        print("  ".join(words), file=sys.stderr, flush=True)
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+
+def _last_record(directory: Path) -> dict[str, Any]:
+    """The last complete train line of a run, without reading all of it."""
+    try:
+        with open(directory / RECORDS_FILE, "rb") as file:
+            file.seek(0, os.SEEK_END)
+            file.seek(max(0, file.tell() - _TAIL))
+            lines = file.read().split(b"\n")[:-1]
+    except OSError:
+        return {}
+    for line in reversed(lines):
+        with contextlib.suppress(ValueError):
+            record = json.loads(line)
+            if isinstance(record, dict) and record.get("kind") == "train":
+                return record
+    return {}
+
+
+def _last_line(log: Path) -> str:
+    """What a process said last: its error."""
+    with contextlib.suppress(OSError):
+        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        errors = [line for line in lines if line.startswith("irope: error: ")]
+        return (errors or lines or [""])[-1].removeprefix("irope: error: ")
+    return ""

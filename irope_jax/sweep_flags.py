@@ -1,0 +1,39 @@
+"""Flags and help of `irope sweep`, apart from its work so that help does not wait for jax."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+
+
+def add_sweep(verb: Callable[..., argparse.ArgumentParser]) -> None:
+    sweep = verb(
+        "sweep",
+        "run every cell of a study",
+        """\
+Run the cells of a grid, each as `irope train` with its config and overrides, in runs/STUDY/CELL. What is finished is
+skipped, what was cut goes on from its newest checkpoint, and past a cell that fails the others go on; the failed ones
+are listed at the end (exit code 1). SIGTERM and Ctrl-C let the running cells save (a second one ends them); the same
+command goes on. What a cell printed is in runs/STUDY/logs/.
+
+A grid is a Python file with get_study(), or get_study(scale), that returns a Study: a question, what is expected, and
+cells made with Cell, product, zipped, chained, axis and seeds of irope_jax.study.grid. Reading one runs its code.
+
+examples:
+  irope sweep experiments/what_irope_buys/grid.py --list
+  irope sweep experiments/what_irope_buys/grid.py --only=headline
+  irope sweep experiments/what_irope_buys/grid.py --jobs=2
+  irope sweep experiments/what_irope_buys/grid.py --scale=large --slurm=jobs/
+""",
+    )
+    sweep.add_argument("grid", metavar="GRID", help="grid file, or the folder with its grid.py")
+    sweep.add_argument(
+        "--only", action="append", metavar="WORD", help="a tag, an arm, a cell or a folder of cells; may be repeated"
+    )
+    sweep.add_argument("--scale", metavar="NAME", help="which size of the study, where its get_study() takes one")
+    sweep.add_argument("--jobs", type=int, default=1, metavar="N", help="cells at a time (default: 1)")
+    sweep.add_argument("--runs", metavar="DIR", help="folder of the run directories (default: runs/STUDY)")
+    sweep.add_argument("--list", action="store_true", help="print every cell, how far it is and its command")
+    sweep.add_argument("--task", metavar="LEVEL:INDEX", help="run one cell, as the tasks of a cluster do")
+    sweep.add_argument("--slurm", metavar="DIR", help="write SLURM arrays there in place of running")
+    sweep.add_argument("--jobset", metavar="FILE", help="write a Kubernetes JobSet in place of running")

@@ -1,0 +1,193 @@
+"""Sweeps: with a small program in place of training, and once with training."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from irope_jax import cli, sweep
+from irope_jax.core.records import load_run
+from tests import tiny
+
+ROOT = Path(__file__).parents[1]
+
+GRID = """
+from irope_jax.study.grid import Cell, Study, product, seeds
+
+def get_study(scale="small"):
+    cells = [
+        Cell(name="start", config="tiny.json"),
+        Cell(name="arm", config="tiny.json", starts_from="start", overrides={"train.steps": 4}, tags=("headline",)),
+        Cell(name="other", config="tiny.json", starts_from="start"),
+    ]
+    seeded = product(cells, seeds(2 if scale == "small" else 3))
+    return Study(name="s", question="q", prediction="p", cells=seeded)
+"""
+
+PROGRAM = """
+import json, os, signal, sys, time
+from pathlib import Path
+from irope_jax.core.config import fingerprint, to_dict
+from irope_jax.core.records import RunWriter
+from irope_jax.experiment import load_config, resolve
+
+arguments = dict(a.removeprefix("--").split("=", 1) for a in sys.argv[2:])
+overrides = [(k.removeprefix("config."), v) for k, v in arguments.items() if k.startswith("config.")]
+experiment = resolve(load_config(arguments["config"]), overrides)
+directory = Path(arguments["run-dir"])
+with open("order.txt", "a") as order:
+    order.write(directory.name + " of " + directory.parent.name + "\\n")
+begin = experiment.train.init_from
+if begin and not (Path(begin) / "records.jsonl").is_file():
+    sys.exit("irope: error: nothing to start from")
+if Path("break").is_file() and Path("break").read_text() in str(directory):
+    print("irope: error: broken as asked", file=sys.stderr)
+    sys.exit(1)
+with RunWriter(directory, to_dict(experiment), fingerprint(experiment)) as writer:
+    writer.start(0)
+    writer.train(1, {"loss": 2.0})
+    if Path("hang").is_file():
+        signal.signal(signal.SIGTERM, lambda *_: (writer.close(), os._exit(128 + signal.SIGTERM)))
+        time.sleep(60)
+    writer.train(experiment.train.steps, {"loss": 1.0})
+    writer.event(experiment.train.steps, "finished", planned=experiment.train.steps)
+"""
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with a grid, whose cells run the small program."""
+    tiny.config_file(tmp_path)
+    (tmp_path / "grid.py").write_text(GRID)
+    (tmp_path / "program.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + PROGRAM)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sweep, "PROGRAM", (sys.executable, str(tmp_path / "program.py")))
+    return tmp_path
+
+
+def order(place) -> list[str]:
+    return (place / "order.txt").read_text().splitlines()
+
+
+def test_cells_run_after_what_they_start_from_and_never_twice(place, capfd):
+    assert cli.main(["sweep", "grid.py"]) == 0
+    wanted = [f"seed={seed} of {name}" for name in ("start", "arm", "other") for seed in (0, 1)]
+    assert order(place) == wanted
+    arm = load_run(place / "runs/s/arm/seed=1")
+    assert arm.config["train"]["steps"] == 4 and arm.config["seed"] == arm.config["data"]["seed"] == 1
+    assert arm.config["train"]["init_from"] == "runs/s/start/seed=1" and arm.name == "s/arm/seed=1"
+    assert "6 of 6 cells done" in capfd.readouterr().err
+    assert cli.main(["sweep", "."]) == 0
+    assert order(place) == wanted
+
+
+def test_a_cell_whose_values_changed_is_run_again(place):
+    assert cli.main(["sweep", "grid.py", "--only=arm/seed=0"]) == 0
+    (place / "grid.py").write_text(GRID.replace('"train.steps": 4', '"train.steps": 5'))
+    assert cli.main(["sweep", "grid.py", "--only=arm/seed=0"]) == 1  # and says what differs
+    assert "train.steps" in next((place / "runs/s/logs").glob("arm*")).read_text()
+
+
+def test_the_others_go_on_past_a_failure_and_it_is_listed(place, capfd):
+    (place / "break").write_text("start/seed=0")
+    assert cli.main(["sweep", "grid.py", "--jobs=2"]) == 1
+    said = capfd.readouterr().err
+    assert "start/seed=0 failed: exit code 1: broken as asked; see runs/s/logs/start.seed=0.log" in said
+    assert "arm/seed=0 blocked: it starts from start/seed=0, which failed" in said
+    assert {"seed=1 of arm", "seed=1 of other"} < set(order(place)) and "seed=0 of arm" not in order(place)
+    (place / "break").unlink()
+    assert cli.main(["sweep", "grid.py"]) == 0
+    assert len(order(place)) == 4 + 3
+
+
+def test_a_signal_lets_what_runs_save_and_the_same_command_goes_on(place):
+    (place / "hang").touch()
+    code = f"""
+        import sys; sys.path.insert(0, {str(ROOT)!r})
+        from irope_jax import cli, sweep
+        sweep.PROGRAM = (sys.executable, "program.py")
+        sys.exit(cli.main(["sweep", "grid.py", "--jobs=2"]))
+    """
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stderr=subprocess.PIPE, text=True)
+    until = time.monotonic() + 120
+    while len(list((place / "runs").rglob("records.jsonl"))) < 2 and time.monotonic() < until:
+        time.sleep(0.1)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert re.search(r"start/seed=0\s.*stopped", said) and "the same command goes on" in said
+    (place / "hang").unlink()
+    assert cli.main(["sweep", "grid.py"]) == 0
+    assert all(sweep.is_done(work) for work in works())
+
+
+def works():
+    study = sweep.load_study("grid.py")
+    return [sweep.work_of(cell, Path(), Path("runs/s"), study) for cell in study.cells]
+
+
+def test_a_list_says_what_is_left_and_how_to_run_it(place, capfd):
+    assert cli.main(["sweep", "grid.py", "--only=start/seed=1"]) == 0
+    capfd.readouterr()
+    assert cli.main(["sweep", "grid.py", "--only=arm", "--list"]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert [line.split()[:2] for line in lines] == [
+        ["new", "start/seed=0"], ["done", "start/seed=1"], ["new", "arm/seed=0"], ["new", "arm/seed=1"],
+    ]  # fmt: skip
+    assert "train --config=tiny.json --run-dir=runs/s/arm/seed=1" in lines[3]
+
+
+def test_tasks_of_a_cluster(place, capfd):
+    assert cli.main(["sweep", "grid.py", "--scale=large", "--only=arm", "--slurm=jobs", "--jobset=jobs/set.json"]) == 0
+    said = capfd.readouterr().out.splitlines()
+    assert said[:2] == [
+        "job0=$(sbatch --parsable jobs/s.0.sbatch)",
+        "job1=$(sbatch --parsable --dependency=afterok:$job0 jobs/s.1.sbatch)",
+    ]
+    text = (place / "jobs/s.1.sbatch").read_text()
+    assert "--array=0-2" in text and "#   2  arm/seed=2" in text
+    assert subprocess.run(["bash", "-n", "jobs/s.1.sbatch"]).returncode == 0
+    command = re.search(r"^irope (sweep .*) --task=1:", text, re.MULTILINE)[1]
+    jobs = json.loads((place / "jobs/set.json").read_text())["spec"]["replicatedJobs"]
+    assert [job["template"]["spec"]["completions"] for job in jobs] == [3, 3]
+    assert jobs[1]["dependsOn"] == [{"name": "level-0", "status": "Complete"}]
+    for task in ("0:2", "1:2"):
+        assert cli.main([*command.split(), f"--task={task}"]) == 0
+    assert order(place) == ["seed=2 of start", "seed=2 of arm"]
+    assert cli.main([*command.split(), "--task=1:3"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("grid", "error"),
+    [
+        ("x = 1", "no get_study"),
+        ("def get_study(): return 3", "returned a int"),
+        ("def get_study(): return 1 / 0", "ZeroDivisionError"),
+        (GRID.replace('"train.steps": 4', '"train.stepz": 4'), r"cell arm/seed=0.*did you mean 'steps'"),
+    ],
+)
+def test_a_mistake_in_a_grid_is_one_line_before_anything_runs(place, capfd, grid, error):
+    (place / "grid.py").write_text(grid)
+    assert cli.main(["sweep", "grid.py"]) == 2
+    assert re.search(error, capfd.readouterr().err)
+    assert not (place / "runs").exists()
+
+
+def test_a_sweep_that_trains(tmp_path, monkeypatch):
+    """Two real runs, the second from the weights of the first."""
+    tiny.config_file(tmp_path)
+    (tmp_path / "grid.py").write_text(GRID)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT), prepend=os.pathsep)
+    assert cli.main(["sweep", "grid.py", "--only=arm/seed=1"]) == 0
+    start, arm = (load_run(f"runs/s/{name}/seed=1") for name in ("start", "arm"))
+    assert (start.last_step, arm.last_step) == (tiny.STEPS, 4)
+    assert arm.train[0].scalars["loss"] < start.train[0].scalars["loss"]
