@@ -21,7 +21,10 @@ def look_up(table_VD: jax.Array, tokens_BT: jax.Array, dtype: jnp.dtype, cut: st
     """
     length = None if cut == "embed" else "length"
     tokens_BT = constrain(tokens_BT, "group_batch", length)
-    x_BTD = jnp.take(table_VD, tokens_BT, axis=0).astype(dtype)
+    if tokens_BT.size == 1:  # of a single row XLA makes a slice, and gathers the table for it
+        x_BTD = jnp.take(table_VD, jnp.tile(tokens_BT, (1, 2)), axis=0)[:, :1].astype(dtype)
+    else:
+        x_BTD = jnp.take(table_VD, tokens_BT, axis=0).astype(dtype)
     x_BTD = constrain(x_BTD, "group_batch", length, cut)
     x_BTD = constrain(x_BTD, "group_batch", "length", "group_embed")
     return constrain(x_BTD, "batch", "length", "features")

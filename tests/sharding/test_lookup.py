@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from irope_jax.sharding.lookup import look_up
 from irope_jax.sharding.mesh import MeshConfig, make_mesh
+from tests.topologies import described, gpu_mesh, targeting
 
 B, T, V, D = 8, 32, 64, 16
 
@@ -55,3 +56,16 @@ def test_without_a_mesh_it_is_take():
     out = look_up(table_VD, tokens_BT, jnp.bfloat16)
     assert out.dtype == jnp.bfloat16
     np.testing.assert_array_equal(out.astype(np.float32), [[[9, 10, 11], [0, 1, 2]]])
+
+
+def test_on_gpus_a_single_token_gathers_no_table():
+    """As in decoding one row: XLA:GPU makes a slice of a look-up of one token, and gathers a table that is cut."""
+    mesh = gpu_mesh(tensor=8)
+
+    def step(table_VD, token):
+        return look_up(table_VD, token, jnp.bfloat16, "group_embed")
+
+    with targeting(mesh):
+        arguments = described(mesh, (8192, 1024), jnp.bfloat16, P("tensor")), described(mesh, (1, 1), jnp.int32)
+        text = jax.jit(step).lower(*arguments).compile().as_text()
+    assert "all-reduce" in text and "all-gather" not in text
