@@ -3,7 +3,7 @@
     python scripts/refresh_plan_cells.py                      # all, about an hour on two cores
     python scripts/refresh_plan_cells.py --only='decode|fsdp'   # these, the others stay
 
-Writes tests/plan/cells.json. Needs libtpu (extra `dev`); nothing is executed.
+Writes tests/plan/cells.json. Needs libtpu (extra `dev`) and, for GPUs, extra `cuda`; nothing is executed.
 """
 
 from __future__ import annotations

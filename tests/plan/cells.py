@@ -54,17 +54,20 @@ CELLS = {
 
 
 WHOLE = {
-    # name: (target, config file, devices); minutes each
-    "Scout, 1,048,576 tokens": ("v5p:4x4x4", "llama4_scout.py:1m", 64),
-    "Llama 3.1 8B, 131,072 tokens": ("v5p:4x4x8", "llama3_8b.py", 128),
-}
+    # name: (target, config file, devices, overrides); minutes each
+    "Scout, 1,048,576 tokens": ("v5p:4x4x4", "llama4_scout.py:1m", 64, {}),
+    "Llama 3.1 8B, 131,072 tokens": ("v5p:4x4x8", "llama3_8b.py", 128, {}),
+    "Llama 3.1 8B, 131,072 tokens, GPUs": (
+        "h100:8", "llama3_8b.py", 8, {"data.batch_size": "1", "mesh.fsdp": "1", "mesh.context": "8"}
+    ),
+}  # fmt: skip
 
 
 def job_of(name: str) -> tuple[str, Job]:
     """`(target, job)` of a cell. XLA:CPU sends bfloat16 as float32, so there it computes in float32."""
     if name in WHOLE:
-        target, file, devices = WHOLE[name]
-        experiment = resolve(load_config(str(Path(__file__).parents[2] / "configs" / file)))
+        target, file, devices, overrides = WHOLE[name]
+        experiment = resolve(load_config(str(Path(__file__).parents[2] / "configs" / file)), list(overrides.items()))
         shared = dict(model=experiment.model, data=experiment.data, train=experiment.train)
         return target, Job(**shared, mesh=check_devices(experiment, devices))
     target, mode, ffn, mesh, length, rows, remat, near = CELLS[name]

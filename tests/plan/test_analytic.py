@@ -55,7 +55,7 @@ def test_it_agrees_with_the_compiler(name):
 
 
 @pytest.mark.parametrize("name", [name for name in STORED if "train" in CELLS.get(name, "train") and "cpu" not in name])
-def test_all_that_a_tpu_holds_in_training_is_told_within_a_seventh(name):
+def test_all_that_a_chip_holds_in_training_is_told_within_a_seventh(name):
     compiled, by_hand = Figures.of(STORED[name]), closed_form(job_of(name)[1])
     assert by_hand.total == pytest.approx(compiled.total, rel=0.15)
 
