@@ -43,6 +43,7 @@ setup(
         "grain>=0.2.12",
         "numpy>=2.0",
         "rich>=13",
+        "markdown-it-py>=2.2",
         "filelock>=3.12",
         "tensorboardX>=2.6.2",
     ],

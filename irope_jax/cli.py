@@ -215,15 +215,25 @@ examples:
         "report",
         "tables and pictures of runs",
         """\
-Write a Markdown page with pictures: loss, perplexity by position, retrieval by length, heat maps; and print its table.
+Write a page with pictures: loss, perplexity by position, retrieval by length, heat maps; and print its table. As
+Markdown, and as one HTML file that opens offline. Of a study (a folder with grid.py, see `irope sweep`) the page has
+its question, prediction and verdict, and means over seeds with their spread.
 
 examples:
   irope report runs/debug
   irope report runs/quickstart/irope runs/quickstart/rope --out=runs/quickstart/report
+  irope report experiments/what_irope_buys --only=headline
 """,
     )
-    report.add_argument("runs", nargs="+", metavar="RUN", help="run directories")
-    report.add_argument("--out", metavar="DIR", help="where to write (default: report/ beside or inside the first run)")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="run directories, or the folder of a study")
+    report.add_argument(
+        "--out",
+        metavar="DIR",
+        help="where to write (default: report/ beside or inside the first run; a study's folder)",
+    )
+    report.add_argument("--only", action="append", metavar="WORD", help="of a study: a tag, arm or cell; repeatable")
+    report.add_argument("--scale", metavar="NAME", help="of a study: which size of it")
+    report.add_argument("--runs", dest="runs_in", metavar="DIR", help="of a study: folder of its runs (runs/STUDY)")
 
     bring = verb(
         "import",

@@ -32,12 +32,13 @@ from irope_jax.plan.parts import seconds_by_part
 from irope_jax.planning import plan_verb
 from irope_jax.position.longrope_search import SearchError
 from irope_jax.prepare import prepare_verb
+from irope_jax.reporting import report_verb
 from irope_jax.search import search_rope_verb
 from irope_jax.sharding.mesh import make_mesh
 from irope_jax.show import show_verb
 from irope_jax.stages import experiment_at, settings_of
 from irope_jax.study.plots import PlotsMissingError
-from irope_jax.study.report import summary_tables, terminal_tables, write_report
+from irope_jax.study.report import summary_tables
 from irope_jax.sweep import sweep_verb
 from irope_jax.train.loop import TrainingError, train
 from irope_jax.train.profile import Profiler, Steps
@@ -265,19 +266,6 @@ def _recorded(directory: Path, trained: Sequence[EvalSpec], chosen: Sequence[Eva
         if event.name == ADDED:
             taken.setdefault(event.details["evaluation"], event.details["spec"])
     return {spec.name: spec for spec in chosen if taken.get(spec.name, fingerprint(spec)) == fingerprint(spec)}
-
-
-def report_verb(args: argparse.Namespace, overrides: Overrides) -> int:
-    runs = [Path(run) for run in args.runs]
-    out = Path(args.out) if args.out else (runs[0] / "report" if len(runs) == 1 else runs[0].parent / "report")
-    page = write_report(runs, out)
-    console = Console()
-    for table in terminal_tables(runs):
-        console.print(table)
-    print(f"report: {page}")
-    for picture in sorted(out.glob("*.png")):
-        print(f"picture: {picture}")
-    return 0
 
 
 VERBS = {

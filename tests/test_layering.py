@@ -28,8 +28,8 @@ LAYERS = {
 }
 COMMANDS = (
     "experiment", "stages", "transfer", "export", "verify", "launch", "prepare", "search", "show", "join", "generate",
-    "harness", "generate_flags", "plan_flags", "planning", "sweep", "sweep_cluster", "sweep_flags", "run", "cli",
-    "__main__",
+    "harness", "generate_flags", "plan_flags", "planning", "reporting", "sweep", "sweep_cluster", "sweep_flags", "run",
+    "cli", "__main__",
 )  # fmt: skip
 ONLY = {"study": ("core",)}
 """Rooms that may import less than their layer allows."""

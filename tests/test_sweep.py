@@ -173,8 +173,8 @@ def test_a_mistake_in_a_grid_is_one_line_before_anything_runs(place, capfd, grid
     assert not (place / "runs").exists()
 
 
-def test_a_sweep_that_trains(tmp_path, monkeypatch):
-    """Two real runs, the second from the weights of the first; with other values it is not taken for the same."""
+def test_a_sweep_that_trains_and_its_report(tmp_path, monkeypatch, capfd):
+    """Two real runs, the second from the weights of the first; with other values they are not taken for the same."""
     tiny.config_file(tmp_path)
     (tmp_path / "grid.py").write_text(GRID)
     monkeypatch.chdir(tmp_path)
@@ -183,7 +183,14 @@ def test_a_sweep_that_trains(tmp_path, monkeypatch):
     start, arm = (load_run(f"runs/s/{name}/seed=1") for name in ("start", "arm"))
     assert (start.last_step, arm.last_step) == (tiny.STEPS, 4)
     assert arm.train[0].scalars["loss"] < start.train[0].scalars["loss"]
+    assert cli.main(["report", "grid.py"]) == 0
+    page = Path("report.md").read_text()
+    assert page.startswith("# q\n\n**Predicted.** p\n\n**Verdict.** Not given yet.")
+    assert "4 cells are not finished and left out: start/seed=0, arm/seed=0" in page and "irope sweep grid.py" in page
+    assert Path("report.html").is_file()
     (tmp_path / "grid.py").write_text(GRID.replace('"train.steps": 4', '"train.steps": 5'))
     assert not any(sweep.is_done(work) for work in works() if work.cell.arm == "arm")
+    assert cli.main(["report", "."]) == 1
+    assert "arm/seed=1: made with other values than the grid has now" in capfd.readouterr().err
     assert cli.main(["sweep", "grid.py", "--only=arm/seed=1"]) == 1
     assert "train.steps: 4 -> 5" in Path("runs/s/logs/arm.seed=1.log").read_text()

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from irope_jax.core.records import Measurement, RecordError, Run, load_run
@@ -34,12 +34,14 @@ class Arm:
     Attributes:
       index: place in the comparison; decides colour and marker in every figure.
       label: the name of the run, unique in the comparison.
-      run: its records.
+      run: its records; of several seeds what they recorded together.
+      seeds: the runs that were pooled (`study.seeds`); empty for a single run.
     """
 
     index: int
     label: str
     run: Run
+    seeds: tuple[Run, ...] = ()
 
     @property
     def training_length(self) -> int | None:
@@ -104,16 +106,22 @@ class Arm:
 
 @dataclass(frozen=True)
 class Cell:
-    """A mean over `count` things; `where` holds the keys it was grouped by."""
+    """A mean over `count` things; `where` holds the keys it was grouped by.
+
+    Attributes:
+      spread: the least and the greatest mean of the seeds, where there are several.
+    """
 
     where: dict[str, Any]
     value: float
     count: int
+    spread: tuple[float, float] | None = None
 
     @property
     def interval(self) -> tuple[float, float]:
-        """95 % Wilson interval, reading `value` as a fraction of `count` independent trials."""
-        return wilson(self.value, self.count)
+        """From the least to the greatest of the seeds; else the 95 % Wilson interval, reading `value` as a fraction of
+        `count` independent trials."""
+        return self.spread or wilson(self.value, self.count)
 
 
 def load_arms(directories: Iterable[str | os.PathLike]) -> list[Arm]:
@@ -194,10 +202,21 @@ def wilson(fraction: float, count: int, z: float = 1.959964) -> tuple[float, flo
 
 def retrieval(arm: Arm, facts: Facts = "all", keys: Sequence[str] = ("length",), name: str = "accuracy") -> list[Cell]:
     """Retrieval by `keys`; `facts` selects facts within one chunk, across a chunk border, or both."""
-    found = arm.measurements("retrieval", name)
-    if facts != "all":
-        found = [m for m in found if m.where.get("straddle") is (facts == "straddling")]
-    return aggregate(found, keys)
+
+    def of(arm: Arm) -> list[Cell]:
+        found = arm.measurements("retrieval", name)
+        if facts != "all":
+            found = [m for m in found if m.where.get("straddle") is (facts == "straddling")]
+        return aggregate(found, keys)
+
+    if not arm.seeds:
+        return of(arm)
+    values: dict[tuple, list[float]] = {}
+    for run in arm.seeds:
+        for cell in of(Arm(arm.index, arm.label, run)):
+            values.setdefault(tuple(cell.where.values()), []).append(cell.value)
+    spreads = {place: (min(found), max(found)) for place, found in values.items()}
+    return [replace(cell, spread=spreads[tuple(cell.where.values())]) for cell in of(arm)]
 
 
 def nll_by_position(arm: Arm) -> list[Cell]:

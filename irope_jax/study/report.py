@@ -20,6 +20,7 @@ from irope_jax.study.attention import attention_table
 from irope_jax.study.collect import Arm, load_arms, missing, nll_by_position, retrieval
 from irope_jax.study.cost import cost_by_length, cost_tables
 from irope_jax.study.goodput import goodput_table
+from irope_jax.study.html import write_html
 from irope_jax.study.stages import stages_table
 from irope_jax.study.text_tasks import effective_table, likelihood_table, scores_table
 
@@ -48,11 +49,26 @@ def write_report(
     arms, out = load_arms(run_directories), Path(out_directory)
     if command is None:
         command = shlex.join(["irope", "report", *map(os.fspath, run_directories), "--out", os.fspath(out)])
+    return write_page(arms, out, title=title, command=command)
+
+
+def write_page(
+    arms: Sequence[Arm], out: Path, *, title: str, command: str, foreword: str = "", notes: Sequence[str] = ()
+) -> Path:
+    """The page of arms, and the same as HTML beside it.
+
+    Args:
+      foreword: Markdown between the heading and the first figure.
+      notes: what a reader must know, beside what is found missing.
+
+    Raises:
+      RecordError, plots.PlotsMissingError: as of `write_report`.
+    """
     try:
         out.mkdir(parents=True, exist_ok=True)
         sections = [
-            _opening(arms, out, title),
-            _missing(arms),
+            _opening(arms, out, title, foreword),
+            _missing(arms, notes),
             _runs(arms),
             _stages(arms),
             _retrieval(arms, out),
@@ -67,17 +83,17 @@ def write_report(
         ]
         page = out / PAGE
         page.write_text("\n\n".join(filter(None, sections)) + "\n", encoding="utf-8")
+        write_html(page)
     except OSError as error:
         raise RecordError(f"{out}: the report cannot be written there ({error.strerror or error})") from None
     return page
 
 
-def terminal_tables(run_directories: Sequence[str | os.PathLike]) -> list:
+def terminal_tables(arms: Sequence[Arm]) -> list:
     """The result as rich tables to print: retrieval by context length, facts apart, and loss by position.
 
     Of what was not measured there is no table. Intervals are left to the page, so that 80 columns suffice.
     """
-    arms = load_arms(run_directories)
     found = [
         *map(stages_table, arms),
         *_retrieval_tables(arms, False),
@@ -102,18 +118,15 @@ def summary_tables(run_directories: Sequence[str | os.PathLike]) -> list:
     return [table.rich() for table in found if table is not None]
 
 
-def _opening(arms: Sequence[Arm], out: Path, title: str) -> str:
-    text = [f"# {title or ' · '.join(arm.label for arm in arms)}"]
+def _opening(arms: Sequence[Arm], out: Path, title: str, foreword: str) -> str:
+    text = [f"# {title or ' · '.join(arm.label for arm in arms)}", *([foreword] if foreword else [])]
     path = plots.headline(arms, out / "headline.png")
     if path is None:
         nothing = not any(arm.run.evals for arm in arms)
         return "\n\n".join([*text, *(["Nothing was measured: there is no result to show yet."] if nothing else [])])
     halves = []
     if any(retrieval(arm) for arm in arms):
-        halves.append(
-            "retrieval accuracy by context length, over all facts (band: 95 % Wilson interval of the queries asked; it "
-            "says nothing about other seeds)"
-        )
+        halves.append(f"retrieval accuracy by context length, over all facts ({_bands(arms)})")
     if any(nll_by_position(arm) for arm in arms):
         halves.append(
             "mean loss by position in the document, in the longest context each run was measured at (log2 buckets; the "
@@ -124,8 +137,17 @@ def _opening(arms: Sequence[Arm], out: Path, title: str) -> str:
     return "\n\n".join([*text, _image(path, "headline figure"), caption[0].upper() + caption[1:] + "."])
 
 
-def _missing(arms: Sequence[Arm]) -> str:
-    notes = missing(arms)
+def _bands(arms: Sequence[Arm]) -> str:
+    wilson = "95 % Wilson interval of the queries asked"
+    if not any(arm.seeds for arm in arms):
+        return f"band: {wilson}; it says nothing about other seeds"
+    alone = [arm.label for arm in arms if not arm.seeds]
+    whose = f"; of {', '.join(alone)}, with one seed: {wilson}" if alone else ""
+    return f"line: mean over seeds, band: from the least to the greatest of them{whose}"
+
+
+def _missing(arms: Sequence[Arm], more: Sequence[str] = ()) -> str:
+    notes = [*more, *missing(arms)]
     if not notes:
         return ""
     return "\n".join(["> **Read this first**", ">", *(f"> - {note}" for note in notes)])
@@ -158,7 +180,7 @@ def _retrieval(arms: Sequence[Arm], out: Path) -> str:
     counts = [f"{label} {min(n):,}" + (f" to {max(n):,}" if max(n) > min(n) else "") for label, n in asked.items() if n]
     intro = (
         "Facts are placed over the whole context and asked for at its end. Columns are context lengths, in multiples "
-        "of the training length; in brackets the 95 % Wilson interval. Queries per context length: "
+        f"of the training length; in brackets the interval ({_bands(arms)}). Queries per context length: "
         + ", ".join(counts)
         + "."
     )
@@ -282,9 +304,12 @@ def _origin(arms: Sequence[Arm], command: str) -> str:
     made_with = f"Made with {', '.join(versions)}."
     lines = ["## How this page was made", f"```bash\n{command}\n```", made_with]
     for arm in arms:
-        start = next((event.details for event in reversed(arm.run.events) if event.name == "start"), {})
-        details = ", ".join(f"{key} {value}" for key, value in start.items() if isinstance(value, (str, int, float)))
-        lines.append(f"- {arm.label}: `{arm.run.directory}`" + (f" ({details})" if details else ""))
+        for run in arm.seeds or (arm.run,):
+            start = next((event.details for event in reversed(run.events) if event.name == "start"), {})
+            details = ", ".join(
+                f"{key} {value}" for key, value in start.items() if isinstance(value, (str, int, float))
+            )
+            lines.append(f"- {arm.label}: `{run.directory}`" + (f" ({details})" if details else ""))
     return "\n\n".join([*lines[:3], "\n".join(lines[3:])])
 
 

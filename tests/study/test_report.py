@@ -10,6 +10,7 @@ import pytest
 
 import irope_jax
 from irope_jax.core.records import RecordError
+from irope_jax.study.collect import load_arms
 from irope_jax.study.report import terminal_tables, write_report
 from tests.study.fake_runs import make_run
 
@@ -80,7 +81,7 @@ def test_damage_and_unwritable_places_are_record_errors(tmp_path):
 def test_terminal_tables_fit_a_terminal(tmp_path):
     console = pytest.importorskip("rich.console").Console(width=80, record=True, file=io.StringIO())
     runs = [make_run(tmp_path, "irope", steps=5), make_run(tmp_path, "all-rope", steps=5, decay=0.3)]
-    for table in terminal_tables(runs):
+    for table in terminal_tables(load_arms(runs)):
         console.print(table)
     text = console.export_text()
     assert re.search(r"all-rope +\d\.\d{3} +\d\.\d{3} +\d\.\d{3} +\d\.\d{3}", text)

@@ -129,5 +129,5 @@ def test_the_report_has_the_sections_that_were_measured(tmp_path):
     assert all((page.parent / picture).exists() for picture in re.findall(r"\]\((.+?)\)", text))
     bare = write_report([make_run(tmp_path, "c", kinds=())], tmp_path / "bare").read_text()
     assert "Tasks in words" not in bare and "Other likelihoods" not in bare
-    titles = [table.title for table in terminal_tables(runs)]
+    titles = [table.title for table in terminal_tables(load_arms(runs))]
     assert titles[-3:] == ["a: scores by context length", "Effective length, tokens", "Other likelihoods"]

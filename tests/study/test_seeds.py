@@ -1,0 +1,61 @@
+import pytest
+
+from irope_jax.core.records import RecordError, RunWriter, load_run
+from irope_jax.study.collect import retrieval
+from irope_jax.study.html import write_html
+from irope_jax.study.report import write_page
+from irope_jax.study.seeds import pooled_arm
+from irope_jax.study.tables import retrieval_table
+
+LENGTHS = (128, 1024)
+
+
+def run(tmp_path, seed, accuracies, steps=3, **config):
+    values = {
+        "name": f"s/arm/seed={seed}", "seed": seed, "data": {"seed": seed, "seq_len": 128}, "train": {"steps": 3},
+        "evals": [{"kind": "retrieval", "name": "retrieval"}], **config,
+    }  # fmt: skip
+    with RunWriter(tmp_path / f"seed={seed}", values, f"mark {seed}") as writer:
+        writer.start(0)
+        for step in range(1, steps + 1):
+            writer.train(step, {"loss": 3.0 - step + seed})
+        writer.measure(1, "retrieval", "accuracy", 0.0, 10, {"length": 128, "straddle": False})  # an earlier one
+        for length, accuracy in zip(LENGTHS, accuracies, strict=True):
+            writer.measure(steps, "retrieval", "accuracy", accuracy, 10, {"length": length, "straddle": False})
+        writer.event(steps, "finished")
+    return load_run(tmp_path / f"seed={seed}")
+
+
+def test_means_and_spread_over_seeds(tmp_path):
+    runs = [run(tmp_path, 0, (1.0, 0.5)), run(tmp_path, 1, (0.9, 0.7)), run(tmp_path, 2, (0.8, 0.3), steps=2)]
+    arm = pooled_arm(0, "arm", runs)
+    near, far = retrieval(arm)
+    assert near.value == pytest.approx(0.9) and near.interval == (0.8, 1.0) and near.count == 30
+    assert far.value == pytest.approx(0.5) and far.interval == (0.3, 0.7)
+    assert retrieval_table([arm]).rows[0] == ("arm", "0.900 (0.80–1.00)", "0.500 (0.30–0.70)")
+    assert arm.run.series("loss") == ([1, 2], [pytest.approx(3.0), pytest.approx(2.0)])
+
+
+def test_one_seed_keeps_its_wilson_interval(tmp_path):
+    cell = retrieval(pooled_arm(0, "arm", [run(tmp_path, 0, (1.0, 0.5))]))[0]
+    assert cell.spread is None and cell.interval[0] == pytest.approx(0.722, abs=1e-3)
+
+
+def test_runs_that_differ_in_more_than_the_seed_are_no_arm(tmp_path):
+    runs = [run(tmp_path, 0, (1.0, 0.5)), run(tmp_path, 1, (0.9, 0.7), train={"steps": 4})]
+    with pytest.raises(RecordError, match=r"seed=1: not of the same arm as .*train.steps: 3 -> 4"):
+        pooled_arm(0, "arm", runs)
+
+
+def test_the_page_says_what_the_bands_are_and_its_html_asks_nothing_from_outside(tmp_path):
+    arm = pooled_arm(0, "arm", [run(tmp_path, 0, (1.0, 0.5)), run(tmp_path, 1, (0.9, 0.7))])
+    page = write_page([arm], tmp_path / "out", title="Q?", command="irope report x", foreword="<script>1</script>")
+    assert "from the least to the greatest of them" in page.read_text()
+    text = page.with_suffix(".html").read_text()
+    assert "<h1>Q?</h1>" in text and "data:image/png;base64," in text and "<table>" in text
+    assert "http" not in text and "<script" not in text
+
+
+def test_pictures_outside_of_the_page_are_not_taken_in(tmp_path):
+    (tmp_path / "page.md").write_text("# x\n\n![a](https://example.org/a.png) ![b](missing.png)\n")
+    assert "example.org" not in write_html(tmp_path / "page.md").read_text()
