@@ -15,7 +15,7 @@ from irope_jax.study.collect import Arm, load_arms
 from irope_jax.study.grid import Study
 from irope_jax.study.report import terminal_tables, write_page, write_report
 from irope_jax.study.seeds import pooled_arm
-from irope_jax.sweep import Work, is_done, load_study, work_of
+from irope_jax.sweep import Work, folder_of, is_done, load_study, work_of
 
 Overrides = list[tuple[str, str]]
 
@@ -49,7 +49,7 @@ def study_report(grid: Path, args: argparse.Namespace) -> tuple[Path, list[Arm]]
       RecordError: nothing was run, or a run was made with other values than its grid has now.
     """
     study = load_study(grid, args.scale)
-    folder = grid if grid.is_dir() else grid.parent
+    folder = folder_of(grid)
     root = Path(args.runs_in or Path("runs") / study.name)
     works = [work_of(cell, folder, root, study) for cell in study.chosen(args.only or ())]
     arms, left = study_arms(study, works)

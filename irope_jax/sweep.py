@@ -79,7 +79,7 @@ def sweep_verb(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> in
     study = load_study(args.grid, args.scale)
     cells = study.chosen(args.only or ())
     root = Path(args.runs or Path("runs") / study.name)
-    works = [work_of(cell, Path(args.grid).parent, root, study) for cell in cells]
+    works = [work_of(cell, folder_of(args.grid), root, study) for cell in cells]
     if args.slurm or args.jobset:
         again = ["irope", "sweep", args.grid, f"--runs={root}"]
         again += [f"--scale={args.scale}"] * bool(args.scale) + [f"--only={word}" for word in args.only or ()]
@@ -93,6 +93,11 @@ def sweep_verb(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> in
             print(f"{_state(work):<8} {work.cell.name:<40} {shlex.join(work.command)}")
         return 0
     return Sweep(study, works, args.jobs).run()
+
+
+def folder_of(grid: str | os.PathLike) -> Path:
+    """Where the grid file lies."""
+    return Path(grid) if Path(grid).is_dir() else Path(grid).parent
 
 
 def load_study(path: str | os.PathLike, scale: str | None = None) -> Study:
@@ -140,7 +145,7 @@ def work_of(cell: Cell, folder: Path, root: Path, study: Study) -> Work:
     """
     file, colon, argument = cell.config.partition(":")
     beside = folder / file
-    config = f"{beside if beside.is_file() else file}{colon}{argument}"
+    config = f"{os.path.normpath(beside) if beside.is_file() else file}{colon}{argument}"
     directory = directory_of(root, cell.name)
     values = {"name": f"{study.name}/{cell.name}", **cell.overrides}
     if cell.starts_from:
