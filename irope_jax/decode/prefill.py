@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from irope_jax.core.types import Array
 from irope_jax.decode.stepping import stepping
@@ -78,9 +79,16 @@ def prefill(
     """
     step = piece_step(model)
     if logits_BV is None:
-        logits_BV = np.full((len(rows), model.vocab_size), np.nan, np.float32)
+        logits_BV = _nothing_read(len(rows), model.vocab_size)
     for tokens, real in pieces(rows, size):
         cache, logits_BV = step(params, cache, logits_BV, tokens, real)
         jax.block_until_ready(logits_BV)
         progress(int(real.sum()))
     return cache, logits_BV
+
+
+def _nothing_read(rows: int, words: int) -> Array:
+    """Logits before the first token. On a mesh of one device they lie as those of a step do: of arrays that lie
+    otherwise jax compiles a program of its own, the same for the first piece and once more for the second."""
+    nothing, mesh = np.full((rows, words), np.nan, np.float32), jax.sharding.get_mesh()
+    return nothing if mesh.size != 1 else jax.device_put(nothing, NamedSharding(mesh, PartitionSpec()))
