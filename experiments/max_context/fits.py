@@ -258,7 +258,10 @@ def page(cells: dict[tuple, Cell]) -> str:
                 found = [said(cells.get((model, kind, target, length))) for length in LENGTHS]
                 lines.append(f"| {target} | {' | '.join(found)} |")
             text.append("\n".join(lines))
-    text += ["## How this page was made", "```bash\npython experiments/max_context/fits.py --compile=all\n```"]
+    text += [
+        "## How this page was made",
+        "```bash\npython experiments/max_context/fits.py" + " --compile=quick" * bool(rows) + "\n```",
+    ]
     return "\n\n".join(text) + "\n"
 
 
