@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from irope_jax.checkpoint.native import CheckpointConfig
@@ -170,15 +171,21 @@ def run_config(directory: Path) -> dict[str, Any]:
     return load_config(str(path))
 
 
-def _call_get_config(path: Path, argument: str) -> Any:
-    spec = importlib.util.spec_from_file_location(f"irope_config_{path.stem}", path)
+def run_file(path: Path) -> ModuleType:
+    """The module of a config or grid file, which is run; it may build on its neighbours."""
+    spec = importlib.util.spec_from_file_location(f"irope_file_{path.parent.name}_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
-    sys.path.insert(0, str(path.parent.absolute()))  # a config may build on its neighbour
+    sys.path.insert(0, str(path.parent.absolute()))
     try:
         spec.loader.exec_module(module)
     finally:
         sys.path.remove(str(path.parent.absolute()))
+    return module
+
+
+def _call_get_config(path: Path, argument: str) -> Any:
+    module = run_file(path)
     get_config = getattr(module, "get_config", None)
     if get_config is None:
         raise ConfigError("config", str(path), "the file has no get_config(); define one that returns a ConfigDict")

@@ -22,13 +22,14 @@ Overrides = list[tuple[str, str]]
 
 def report_verb(args: argparse.Namespace, overrides: Overrides) -> int:
     runs = [Path(run) for run in args.runs]
+    of_studies = {"--only": args.only, "--scale": args.scale, "--runs": args.runs_in}
     grids = [run for run in runs if run.suffix == ".py" or ((run / "grid.py").is_file() and not is_run(run))]
     if grids and len(runs) > 1:
         raise ConfigError("RUN", str(grids[0]), "a study is reported alone; name it, or run directories")
     if grids:
         page, arms = study_report(runs[0], args)
-    elif args.only or args.scale or args.runs_in:
-        raise ConfigError("--only", args.only, "belongs to a study; name its folder, experiments/<question>")
+    elif given := [(flag, value) for flag, value in of_studies.items() if value]:
+        raise ConfigError(*given[0], "belongs to a study; name its folder, experiments/<question>")
     else:
         out = Path(args.out) if args.out else (runs[0] / "report" if len(runs) == 1 else runs[0].parent / "report")
         page, arms = write_report(runs, out), load_arms(runs)

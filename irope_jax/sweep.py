@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import importlib.util
 import inspect
 import json
 import os
@@ -28,7 +27,7 @@ from rich.table import Table
 
 from irope_jax.core.config import ConfigError, fingerprint
 from irope_jax.core.records import RECORDS_FILE, RecordError, is_run, load_run
-from irope_jax.experiment import Experiment, load_config, resolve
+from irope_jax.experiment import Experiment, load_config, resolve, run_file
 from irope_jax.launch import PROGRAM, STOPPED, end_with_parent
 from irope_jax.study.grid import Cell, Study
 from irope_jax.sweep_cluster import write_jobs
@@ -110,13 +109,8 @@ def load_study(path: str | os.PathLike, scale: str | None = None) -> Study:
     path = path / "grid.py" if path.is_dir() else path
     if not path.is_file():
         raise ConfigError("GRID", str(path), "no such file; name experiments/<question>/grid.py")
-    spec = importlib.util.spec_from_file_location(f"irope_grid_{path.parent.name}", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    sys.path.insert(0, str(path.parent.absolute()))
     try:
-        spec.loader.exec_module(module)
-        make = getattr(module, "get_study", None)
+        make = getattr(run_file(path), "get_study", None)
         if make is None:
             raise ConfigError("GRID", str(path), "the file has no get_study(); define one that returns a Study")
         if scale and not inspect.signature(make).parameters:
@@ -126,15 +120,9 @@ def load_study(path: str | os.PathLike, scale: str | None = None) -> Study:
         raise
     except Exception as error:
         raise ConfigError("GRID", str(path), f"failed while running: {type(error).__name__}: {error}") from error
-    finally:
-        sys.path.remove(str(path.parent.absolute()))
     if not isinstance(study, Study):
         raise ConfigError("GRID", str(path), f"get_study() returned a {type(study).__name__}, not a Study")
     return study
-
-
-def directory_of(root: Path, cell: str) -> Path:
-    return root / cell
 
 
 def work_of(cell: Cell, folder: Path, root: Path, study: Study) -> Work:
@@ -146,10 +134,10 @@ def work_of(cell: Cell, folder: Path, root: Path, study: Study) -> Work:
     file, colon, argument = cell.config.partition(":")
     beside = folder / file
     config = f"{os.path.normpath(beside) if beside.is_file() else file}{colon}{argument}"
-    directory = directory_of(root, cell.name)
+    directory = root / cell.name
     values = {"name": f"{study.name}/{cell.name}", **cell.overrides}
     if cell.starts_from:
-        values["train.init_from"] = str(directory_of(root, cell.starts_from))
+        values["train.init_from"] = str(root / cell.starts_from)
     assignments = [(path, value if isinstance(value, str) else repr(value)) for path, value in values.items()]
     command = [cell.verb, f"--config={config}", f"--run-dir={directory}"]
     command += [f"--config.{path}={value}" for path, value in assignments]

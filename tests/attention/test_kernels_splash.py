@@ -153,7 +153,7 @@ def test_bfloat16_panels_round_nothing_on_the_way():
 
         out, (dq, dk, dv) = both(q, k, v, dout)
         assert {x.dtype.name for x in (out, dq, dk, dv)} == {"float32"}
-        # What numbers of float32 that say the same give, however exact this machine is; in bfloat16 it were off by 4e-3.
+        # What the same numbers give as float32, however exact this machine is; a bfloat16 output is off by 4e-3.
         exact, _ = both(*(x.astype(jnp.float32) for x in (q, k, v, dout)))
         np.testing.assert_allclose(out, exact, rtol=0, atol=5e-7)
         pairs = zip((out, *map(heads_first, (dq, dk, dv))), (want, *grads))
