@@ -3,9 +3,9 @@
     irope sweep experiments/what_irope_buys --only=headline --jobs=2
     irope report experiments/what_irope_buys --only=headline
 
-Every seed has one trained start (the quickstart's model: pairs at 32 tokens, then novels and facts at 128). An arm goes
-on from it with its own layers and the same 300 steps at 128 tokens, where it must be right before it is judged beyond.
-An arm is one line of ARMS.
+Every seed has one trained start: iRoPE, 500 steps on pairs at 32 tokens, then 1,200 on novels and facts at 128. An arm
+goes on from it with its own layers and the same 300 steps at 128 tokens, where it must be right before it is judged
+beyond. An arm is one line of ARMS.
 """
 
 import math
@@ -16,7 +16,7 @@ from irope_jax.study.grid import Cell, Study, product, seeds
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 sys.path.insert(0, str(CONFIGS))
-from quickstart import LENGTH  # noqa: E402
+from quickstart import FACTS, HELD_OUT, LENGTH  # noqa: E402
 
 QUICKSTART = "../../configs/quickstart.py"
 FFN = dict(kind="swiglu", hidden_dim=128)
@@ -42,38 +42,74 @@ def irope(interval: int = 4, size: int = CHUNK, temperature=LOG_N) -> tuple:
 WINDOW = layer(mask=dict(kind="sliding", size=CHUNK))
 P_ROPE = dict(ROPE, fraction=0.5)
 
+
+def retrieval(name: str, facts: int, queries: int, times: tuple[int, ...]) -> dict:
+    task = FACTS | dict(haystack=HELD_OUT)
+    lengths = tuple(LENGTH * n for n in times)
+    return dict(kind="retrieval", name=name, task=task, lengths=lengths, facts=facts, queries=queries)
+
+
+NEAR = (
+    retrieval("retrieval", 8, 512, (1, 4, 16, 64)),
+    dict(kind="perplexity", lengths=tuple(LENGTH * n for n in (1, 4, 16, 64)), tokens=131_072),
+)
+FAR = (
+    retrieval("1 fact", 1, 4, (64, 1024, 8192)),
+    retrieval("8 facts", 8, 16, (64, 1024, 8192)),
+    retrieval("64 facts", 64, 64, (64, 1024, 8192)),
+)
+"""A million tokens take half a minute where all but the last layer are local, and hours where they are not."""
+
+TRAINED_ON = (
+    dict(source=FACTS | dict(num_facts=(1, 16), num_queries=(3, 16), answer_weight=2.5), weight=0.8),
+    dict(source=dict(kind="corpus", split="train"), weight=0.2),
+)
+"""Twice the facts of the quickstart: a model that never tells 16 keys apart loses a twentieth of 64."""
+
+
+def arm(*pattern: dict, headline: bool = False, far: bool = False, **overrides) -> dict:
+    """What makes an arm: its layers, and whatever else of the config it changes (dots written as two underscores)."""
+    values = {"model.pattern": pattern, "data.mixture": TRAINED_ON, "evals": NEAR + FAR if far else NEAR}
+    values |= {path.replace("__", "."): value for path, value in overrides.items()}
+    return dict(overrides=values, tags=("headline",) if headline else ())
+
+
+LAST = layer(NOPE, temperature=LOG_N)
+SHIFTED = local(shift=CHUNK // 2)
+RANDOMISED = dict(kind="randomised", limit=64 * LENGTH)
 ARMS = {
-    # name: (layers, headline)
-    "iRoPE": (irope(), True),
-    "iRoPE, no temperature": (irope(temperature=None), True),
-    "iRoPE, borders shifted": ((local(), local(shift=CHUNK // 2), local(), layer(NOPE, temperature=LOG_N)), True),
-    "RoPE-NoPE, sliding window": ((WINDOW, WINDOW, WINDOW, layer(NOPE, temperature=LOG_N)), True),
-    "RoPE-NoPE, no local masks": ((layer(), layer(), layer(), layer(NOPE)), True),
-    "all RoPE": ((layer(),), True),
-    "all NoPE": ((layer(NOPE),), True),
-    "all NoPE, log-n": ((layer(NOPE, temperature=LOG_N),), False),
-    "p-RoPE": ((layer(P_ROPE),), False),
-    "p-RoPE, log-n": ((layer(P_ROPE, temperature=LOG_N),), False),
-    "ALiBi": ((layer(dict(kind="alibi")),), False),
-    "interval 2": (irope(2), False),
-    "global first": ((layer(NOPE, temperature=LOG_N), *[local()] * 3), False),
-    "chunks of 16": (irope(size=16), False),
-    "chunks of 64": (irope(size=64), False),
+    "iRoPE": arm(*irope(), headline=True, far=True),
+    "iRoPE, no temperature": arm(*irope(temperature=None), headline=True),
+    "iRoPE, borders shifted": arm(local(), SHIFTED, local(), LAST, headline=True, far=True),
+    "RoPE-NoPE, sliding window": arm(WINDOW, WINDOW, WINDOW, LAST, headline=True),
+    "RoPE-NoPE, no local masks": arm(layer(), layer(), layer(), layer(NOPE), headline=True),
+    "all RoPE": arm(layer(), headline=True),
+    "all NoPE": arm(layer(NOPE), headline=True),
+    "all NoPE, log-n": arm(LAST),
+    "p-RoPE": arm(layer(P_ROPE)),
+    "p-RoPE, log-n": arm(layer(P_ROPE, temperature=LOG_N)),
+    "ALiBi": arm(layer(dict(kind="alibi"))),
+    "randomised positions": arm(layer(), data__positions=RANDOMISED),
+    "interval 2": arm(*irope(2)),
+    "global first": arm(LAST, *[local()] * 3),
+    "chunks of 16": arm(*irope(size=16)),
+    "chunks of 64": arm(*irope(size=64)),
 }
 
 
 def get_study() -> Study:
     lesson = Cell(name="lesson", config=f"{QUICKSTART}:recall", overrides={"evals": ()})
-    start = Cell(name="start", config=f"{QUICKSTART}:irope", overrides={"evals": ()}, starts_from="lesson")
+    longer = {"evals": (), "data.mixture": TRAINED_ON, "train.steps": 1200}
+    start = Cell(name="start", config=f"{QUICKSTART}:irope", overrides=longer, starts_from="lesson")
     arms = [
         Cell(
             name=name.replace(", ", "-").replace(" ", "_"),
             config=f"{QUICKSTART}:rope",
-            overrides={"model.pattern": pattern, "description": name},
+            overrides={**made["overrides"], "description": name},
             starts_from="start",
-            tags=("headline",) if headline else (),
+            tags=made["tags"],
         )
-        for name, (pattern, headline) in ARMS.items()
+        for name, made in ARMS.items()
     ]
     return Study(
         name="what_irope_buys",

@@ -61,7 +61,7 @@ def _attend(q, k, v, q_info, k_info, slopes, mask, scale, plan):
 
 def _attend_forward(q, k, v, q_info, k_info, slopes, mask, scale, plan):
     q_info, k_info = q_info.tied_to(q), k_info.tied_to(q)
-    partial = partial_blockwise(q, k, v, q_info, k_info, mask, scale=scale, slopes=slopes, plan=plan)
+    partial = _partial(q, k, v, q_info, k_info, mask, scale=scale, slopes=slopes, plan=plan)
     out = checkpoint_name(finish(partial, q.dtype), "attention_out")
     lse = checkpoint_name(partial.log_sum_exp, "attention_lse")
     return out, (q, k, v, q_info, k_info, slopes, out, lse)
@@ -69,9 +69,7 @@ def _attend_forward(q, k, v, q_info, k_info, slopes, mask, scale, plan):
 
 def _attend_backward(mask, scale, plan, saved, dout):
     q, k, v, q_info, k_info, slopes, out, lse = saved
-    grads = backward_blockwise(
-        q, k, v, q_info, k_info, mask, lse=lse, out=out, dout=dout, scale=scale, slopes=slopes, plan=plan
-    )
+    grads = _backward(q, k, v, q_info, k_info, mask, lse=lse, out=out, dout=dout, scale=scale, slopes=slopes, plan=plan)
     dq, dk, dv = (g.astype(x.dtype) for g, x in zip(grads, (q, k, v)))
     return dq, dk, dv, None, None, None
 
@@ -253,5 +251,12 @@ def _panel_walks(q_BTNH, k_BSKH, q_info, k_info, mask, slopes, panels) -> list[W
     plan = plan_panels(panels, mask, q_info, k_info, kv, q_BTNH.shape[2] // kv)
     return _walks(q_BTNH, k_BSKH, q_info, k_info, mask, slopes, plan)
 
+
+def _traced_once(function):
+    """Layers of one mask and one shape are traced once; what is compiled is as if each were."""
+    return jax.jit(function, static_argnames=("mask", "scale", "plan"), inline=True)
+
+
+_partial, _backward = _traced_once(partial_blockwise), _traced_once(backward_blockwise)
 
 PIECES = Pieces(fold=fold_panels, contribute=contribute_panels, head_major=False, dq_axes="BNHT")

@@ -198,7 +198,8 @@ class Walk:
         r, _, i, j = at
 
         def pick(tree, block):
-            return jax.tree.map(lambda x: x[:, r, block], tree)
+            slices = lambda x: lax.dynamic_slice(x, (0, r, block, *[0] * (x.ndim - 3)), (len(x), 1, 1, *x.shape[3:]))
+            return jax.tree.map(lambda x: slices(x)[:, 0, 0], tree)
 
         choice = verdict(self.mask, pick(self.q_summary, i), pick(self.k_summary, j))
         repeats = (j * self.part.block_k > self.s - self.part.block_k) | (

@@ -219,6 +219,19 @@ def retrieval(arm: Arm, facts: Facts = "all", keys: Sequence[str] = ("length",),
     return [replace(cell, spread=spreads[tuple(cell.where.values())]) for cell in of(arm)]
 
 
+def further(arms: Sequence[Arm], kind: str) -> list[tuple[str, list[Arm]]]:
+    """Evaluations of a kind beside the one that speaks for a run: their names, and arms for which each does so."""
+    names = dict.fromkeys(name for arm in arms for name in arm.evaluations(kind)[1:])
+    return [(name, [_only(arm, kind, name) for arm in arms if name in arm.evaluations(kind)]) for name in names]
+
+
+def _only(arm: Arm, kind: str, name: str) -> Arm:
+    """The arm without its other evaluations of the kind."""
+    others = set(arm.evaluations(kind)) - {name}
+    kept = lambda run: replace(run, evals=[m for m in run.evals if m.evaluation not in others])
+    return replace(arm, run=kept(arm.run), seeds=tuple(map(kept, arm.seeds)))
+
+
 def nll_by_position(arm: Arm) -> list[Cell]:
     """Loss by position bucket in the longest context measured; keys `length`, `from`, `to`.
 
@@ -288,7 +301,7 @@ def missing(arms: Iterable[Arm]) -> list[str]:
                 notes.append(f"{arm.label}: {kind} was not measured.")
             elif at < step:
                 notes.append(f"{arm.label}: {kind} was last measured at step {at:,}, training is at {step:,}.")
-            for name in arm.evaluations(kind)[1:]:
+            for name in arm.evaluations(kind)[1:] if kind == "perplexity" else ():
                 notes.append(f"{arm.label}: the evaluation {name!r} was measured too; it is not on this page.")
     lengths = {arm.label: arm.training_length for arm in arms if arm.training_length}
     if len(set(lengths.values())) > 1:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 from collections.abc import Sequence
 from importlib import metadata
@@ -17,7 +18,7 @@ import irope_jax
 from irope_jax.core.records import RecordError
 from irope_jax.study import attention_plots, plots, tables, task_plots
 from irope_jax.study.attention import attention_table
-from irope_jax.study.collect import Arm, load_arms, missing, nll_by_position, retrieval
+from irope_jax.study.collect import Arm, further, load_arms, missing, nll_by_position, retrieval
 from irope_jax.study.cost import cost_by_length, cost_tables
 from irope_jax.study.goodput import goodput_table
 from irope_jax.study.html import write_html
@@ -97,6 +98,7 @@ def terminal_tables(arms: Sequence[Arm]) -> list:
     found = [
         *map(stages_table, arms),
         *_retrieval_tables(arms, False),
+        *(table for name, own in further(arms, "retrieval") for table in _retrieval_tables(own, False, name)),
         tables.nll_by_length_table(arms),
         tables.nll_by_position_table(arms),
         *map(scores_table, arms),
@@ -168,8 +170,9 @@ def _runs(arms: Sequence[Arm]) -> str:
     return "\n\n".join(text)
 
 
-def _retrieval_tables(arms: Sequence[Arm], intervals: bool = True) -> list[tables.Table | None]:
-    return [tables.retrieval_table(arms, facts, intervals=intervals) for facts in ("all", "inside", "straddling")]
+def _retrieval_tables(arms: Sequence[Arm], intervals: bool = True, about: str = "") -> list[tables.Table | None]:
+    kinds = ("all", "inside", "straddling")
+    return [tables.retrieval_table(arms, facts, intervals=intervals, about=about) for facts in kinds]
 
 
 def _retrieval(arms: Sequence[Arm], out: Path) -> str:
@@ -193,11 +196,26 @@ def _retrieval(arms: Sequence[Arm], out: Path) -> str:
     if path is not None:
         text += ["By context length and depth of the fact (0 % is the beginning of the context), all facts:"]
         text += [_image(path, "retrieval accuracy by context length and depth")]
-    for facts, about in (("inside", "facts inside one chunk"), ("straddling", "facts across a chunk border")):
-        path = plots.retrieval_by_length(arms, out / f"retrieval_{facts}.png", facts)
-        if path is not None:
-            text.append(_image(path, f"retrieval accuracy by context length, {about}"))
+    text += _retrieval_pictures(arms, out, "retrieval")
+    for name, own in further(arms, "retrieval"):
+        text += [f"### {name}", f"The evaluation that its config calls {name!r}; its facts and questions are its own."]
+        for table in filter(None, _retrieval_tables(own, about=name)):
+            text += [f"**{table.title}**", table.markdown()]
+        file = "retrieval_" + re.sub(r"[^A-Za-z0-9]+", "_", name)
+        path = plots.retrieval_by_length(own, out / f"{file}.png")
+        text += [_image(path, f"{name}: retrieval accuracy by context length, all facts")] if path else []
+        text += _retrieval_pictures(own, out, file, f"{name}: ")
     return "\n\n".join(text)
+
+
+def _retrieval_pictures(arms: Sequence[Arm], out: Path, file: str, label: str = "") -> list[str]:
+    """Of facts inside a chunk and of those across its border."""
+    found = []
+    for facts, about in (("inside", "facts inside one chunk"), ("straddling", "facts across a chunk border")):
+        path = plots.retrieval_by_length(arms, out / f"{file}_{facts}.png", facts)
+        if path is not None:
+            found.append(_image(path, f"{label}retrieval accuracy by context length, {about}"))
+    return found
 
 
 def _perplexity(arms: Sequence[Arm], out: Path) -> str:

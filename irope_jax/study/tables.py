@@ -61,15 +61,21 @@ class Table:
         return table
 
 
-def retrieval_table(arms: Sequence[Arm], facts: Facts = "all", *, intervals: bool = True) -> Table | None:
-    """Accuracy (95 % Wilson interval): rows = runs, columns = context length. `None` if no such fact was asked."""
+def retrieval_table(
+    arms: Sequence[Arm], facts: Facts = "all", *, intervals: bool = True, about: str = ""
+) -> Table | None:
+    """Accuracy (95 % Wilson interval): rows = runs, columns = context length. `None` if no such fact was asked.
+
+    `about` names the evaluation where a run has several.
+    """
     found = {arm.label: retrieval(arm, facts) for arm in arms}
-    about = {
+    which = {
         "all": "all facts",
         "inside": "facts inside one chunk",
         "straddling": "facts that straddle a chunk border",
     }
-    return _by_length(arms, found, f"Retrieval accuracy, {about[facts]}", lambda cell: accuracy(cell, intervals))
+    title = f"{about}: retrieval" if about else "Retrieval"
+    return _by_length(arms, found, f"{title} accuracy, {which[facts]}", lambda cell: accuracy(cell, intervals))
 
 
 def nll_by_length_table(arms: Sequence[Arm]) -> Table | None:

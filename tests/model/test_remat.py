@@ -55,7 +55,7 @@ def plain():
     return gradients(model())
 
 
-@pytest.mark.parametrize("remat", ["offload", BY_NAME], ids=["offload", "by name"])
+@pytest.mark.parametrize("remat", ["full", "dots", "offload", BY_NAME], ids=["full", "dots", "offload", "by name"])
 def test_no_choice_changes_a_gradient(remat, plain):
     assert_close(gradients(model(remat=remat)), plain, what=f"gradients with {remat}")
 

@@ -36,6 +36,19 @@ def test_means_and_spread_over_seeds(tmp_path):
     assert arm.run.series("loss") == ([1, 2], [pytest.approx(3.0), pytest.approx(2.0)])
 
 
+def test_a_further_evaluation_has_tables_and_pictures_of_its_own(tmp_path):
+    evals = [{"kind": "retrieval", "name": "retrieval"}, {"kind": "retrieval", "name": "64 facts"}]
+    runs = [run(tmp_path, seed, (1.0, 0.5), evals=evals) for seed in (0, 1)]
+    for seed, accuracy in enumerate((0.25, 0.75)):
+        with RunWriter(runs[seed].directory, runs[seed].config, f"mark {seed}") as writer:
+            writer.measure(3, "64 facts", "accuracy", accuracy, 10, {"length": 1024, "straddle": False})
+    arm = pooled_arm(0, "arm", [load_run(one.directory) for one in runs])
+    text = write_page([arm], tmp_path / "out", title="Q?", command="irope report x").read_text()
+    assert "**64 facts: retrieval accuracy, facts inside one chunk**" in text and "0.500 (0.25–0.75)" in text
+    assert (tmp_path / "out" / "retrieval_64_facts_inside.png").is_file()
+    assert [c.value for c in retrieval(arm)] == [1.0, 0.5]
+
+
 def test_one_seed_keeps_its_wilson_interval(tmp_path):
     cell = retrieval(pooled_arm(0, "arm", [run(tmp_path, 0, (1.0, 0.5))]))[0]
     assert cell.spread is None and cell.interval[0] == pytest.approx(0.722, abs=1e-3)

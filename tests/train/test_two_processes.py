@@ -14,7 +14,7 @@ import pytest
 
 from irope_jax.checkpoint.native import Checkpoints
 from irope_jax.core.records import load_run
-from tests import tiny
+from tests import quickly, tiny
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 900
@@ -42,8 +42,7 @@ def write_configs(place):
 def start(place, devices, *arguments):
     environ = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        # compiled in half the time
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {quickly.FLAGS}",
         "PYTHONPATH": str(ROOT),
         "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
