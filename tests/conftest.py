@@ -21,3 +21,16 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 # Traced programs are millions of objects that live on; looking through them for garbage again and again takes long.
 gc.set_threshold(50_000, 50, 1000)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "thorough: one more case of what other tests show; run with IROPE_EVERY_TEST=1")
+
+
+def pytest_collection_modifyitems(config, items):
+    if quickly.EVERYTHING or any("::" in argument for argument in config.args):
+        return
+    left_out = [item for item in items if item.get_closest_marker("thorough")]
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in set(left_out)]

@@ -1,7 +1,6 @@
 """Recipes: each resolves at full size as its paper says, and takes its shrunk stages. On eight devices."""
 
 import json
-import os
 from pathlib import Path
 
 import jax
@@ -15,6 +14,7 @@ from irope_jax.evals.evaluator import Measurement
 from irope_jax.experiment import check_devices, load_config, resolve
 from irope_jax.model.cost import parameter_counts
 from irope_jax.stages import stage_experiments
+from tests.quickly import EVERYTHING
 
 RECIPES = Path(__file__).parent.parent / "configs" / "recipes"
 K = 1024
@@ -41,8 +41,8 @@ BILLIONS = {
     "longrope": 6.74,
 }
 CONVERSIONS = ("swan", "drope")
-TRAINED = FACTS if os.environ.get("IROPE_EVERY_RECIPE") else ("prolong", "smollm3", "swan")
-"""Whose shrunk stages are taken: a length, a scaling and a kind of layer that change; all with IROPE_EVERY_RECIPE=1."""
+TRAINED = FACTS if EVERYTHING else ("prolong", "swan")
+"""Whose shrunk stages are taken: a length and a kind of layer that change; all with IROPE_EVERY_TEST=1."""
 
 
 def config(name: str, size: str) -> dict:

@@ -81,7 +81,7 @@ ARMS = {
     "iRoPE": arm(*irope(), headline=True, far=True),
     "iRoPE, no temperature": arm(*irope(temperature=None), headline=True),
     "iRoPE, borders shifted": arm(local(), SHIFTED, local(), LAST, headline=True, far=True),
-    "RoPE-NoPE, sliding window": arm(WINDOW, WINDOW, WINDOW, LAST, headline=True),
+    "RoPE-NoPE, sliding window": arm(WINDOW, WINDOW, WINDOW, LAST, headline=True, far=True),
     "RoPE-NoPE, no local masks": arm(layer(), layer(), layer(), layer(NOPE), headline=True),
     "all RoPE": arm(layer(), headline=True),
     "all NoPE": arm(layer(NOPE), headline=True),

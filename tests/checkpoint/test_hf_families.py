@@ -1,7 +1,6 @@
 """Every family through the importer against logits, loss and gradients of transformers; then on eight devices."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from irope_jax.model.decoder import logits
 from irope_jax.sharding.mesh import MeshConfig, make_mesh
 from irope_jax.sharding.rules import tree_shardings
 from irope_jax.transfer import read_source
+from tests.quickly import EVERYTHING
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "families"
 NAMES = (
@@ -30,7 +30,6 @@ NAMES = (
     "qwen2", "qwen3", "qwen3_moe", "mistral", "mixtral", "olmo2", "olmo3",
 )  # fmt: skip
 SPREAD = MeshConfig(data=1, fsdp=2, context=2, expert=2)
-EVERYTHING = bool(os.environ.get("IROPE_EVERY_GOLDEN"))
 """All goldens on eight devices take a quarter of an hour; else one has everything: chunks that devices cut, experts
 over two of them, dense layers between."""
 ON_EIGHT = NAMES if EVERYTHING else ("llama4_moe_interleave2",)

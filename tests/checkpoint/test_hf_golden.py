@@ -1,7 +1,6 @@
 """Six kinds of RoPE through the importer against the logits and gradients of transformers' Llama."""
 
 import json
-import os
 import shutil
 from pathlib import Path
 
@@ -17,9 +16,9 @@ from irope_jax.model.decoder import logits
 from irope_jax.sharding.mesh import MeshConfig, make_mesh
 from irope_jax.sharding.rules import tree_shardings
 from irope_jax.transfer import read_source
+from tests.quickly import EVERYTHING
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "llama_rope"
-EVERYTHING = bool(os.environ.get("IROPE_EVERY_GOLDEN"))
 """Also on eight devices."""
 KINDS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 

@@ -23,6 +23,7 @@ from irope_jax.position.extension import SelfExtend
 from irope_jax.position.temperature import LogFloor
 from irope_jax.sharding.mesh import MeshConfig, make_mesh
 from irope_jax.sharding.rules import tree_shardings
+from tests.quickly import keep
 
 FFN = SwiGLU(16)
 BASE = dict(vocab_size=24, d_model=16, num_heads=4, num_kv_heads=2, head_dim=8, init_std=0.3)
@@ -66,7 +67,7 @@ def placed(params, mesh):
     return jax.device_put(params, tree_shardings(abstract_params(MODEL), mesh))
 
 
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("devices", keep(8, of=(1, 8)))
 def test_a_ragged_batch_is_each_row_alone(params, greedy, devices):
     config = MeshConfig(data=1, context=4, tensor=2) if devices == 8 else MeshConfig()
     mesh = make_mesh(config, jax.devices()[:devices])

@@ -24,6 +24,7 @@ from irope_jax.position.scaling import NTK, DynamicNTK, Llama3, LongRoPE, YaRN
 from irope_jax.position.temperature import LogFloor, SSMax
 from irope_jax.sharding.mesh import MeshConfig, make_mesh
 from irope_jax.sharding.rules import tree_shardings
+from tests.quickly import keep
 
 FFN = SwiGLU(16)
 LENGTHS = (29, 17, 23, 29)
@@ -111,8 +112,13 @@ def in_pieces(config, params, tokens, real, cache, cuts):
     return np.concatenate(found, axis=1), cache
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("devices", [1, 8])
+ON_ONE = [(1, name) for name in MODELS]
+ON_EIGHT = [(8, name) for name in MODELS]
+
+
+@pytest.mark.parametrize(
+    ("devices", "name"), keep(*ON_ONE, (8, "irope"), (8, "all kinds"), (8, "global alibi"), of=ON_ONE + ON_EIGHT)
+)
 def test_token_by_token_is_one_forward_pass(name, devices):
     config, params, tokens, real, want = case(name)
     mesh = make_mesh(EIGHT if devices == 8 else MeshConfig(), jax.devices()[:devices])
@@ -124,7 +130,7 @@ def test_token_by_token_is_one_forward_pass(name, devices):
     assert cache.lengths.tolist() == list(LENGTHS)
 
 
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("devices", keep(8, of=(1, 8)))
 def test_what_lies_on_the_host_is_read_and_written_as_what_lies_on_the_device(devices):
     """The same arrays and programs where there is one memory; rows that are full beyond their last token stay so."""
     config, params, tokens, real, want = case("irope")
@@ -215,7 +221,7 @@ def test_a_row_without_room_gets_nan_and_others_do_not(mask, full):
     assert np.isnan(found[1, 4]).all() == full
 
 
-@pytest.mark.parametrize("devices", [1, 8])
+@pytest.mark.parametrize("devices", keep(8, of=(1, 8)))
 def test_rows_that_go_on_from_one_prefix_are_separate_rows(devices):
     config, prefix_length = MODELS["all kinds"], 11
     params, tokens = params_of(config), tokens_of()

@@ -18,6 +18,7 @@ from irope_jax.plan.compiled import abstract_cache, abstract_weights
 from irope_jax.plan.hlo import analyse
 from irope_jax.position.encoding import NoPE
 from irope_jax.sharding.mesh import MeshConfig, make_mesh
+from tests.quickly import keep
 from tests.topologies import targeting, tpu_mesh
 
 FFN = SwiGLU(16)
@@ -93,7 +94,7 @@ def test_a_tpu_does_not_copy_the_cache_for_several_rows_or_a_piece_of_a_prompt(r
     assert program.memory_analysis().temp_size_in_bytes < 0.1 * tree_bytes(cache) / 4
 
 
-@pytest.mark.parametrize(("numbers", "share"), [("bfloat16", 0.02), ("int8", 0.08)])
+@pytest.mark.parametrize(("numbers", "share"), keep(("bfloat16", 0.02), of=(("bfloat16", 0.02), ("int8", 0.08))))
 def test_a_tpu_neither_copies_the_cache_nor_sends_more(numbers, share):
     """Compiled for four chips at Scout's heads: what the layout of a cache costs is seen only there."""
     mesh = tpu_mesh("v5p:2x2x1", context=4)

@@ -20,6 +20,7 @@ from irope_jax.position.longrope_search import (
 )
 from irope_jax.position.scaling import LongRoPE
 from tests.oracles import scaling as oracle
+from tests.quickly import keep
 
 SHAPE = (16, 10000.0, 4.0, 64)  # head width, theta, factor, original length
 SMALL = Evolution(population=24, parents=12, mutations=12, crossovers=12, iterations=60, step=0.1)
@@ -125,7 +126,7 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("after", [1, 30, 200])
+@pytest.mark.parametrize("after", keep(30, of=(1, 30, 200)))
 def test_a_search_that_was_cut_off_goes_on_to_the_same_answer(tmp_path, after):
     """Killed after so many scores, in the middle of a generation, with a line half written."""
     asked, path = {"what": "this"}, tmp_path / "scores.jsonl"

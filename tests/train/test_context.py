@@ -19,6 +19,7 @@ from irope_jax.sharding.rules import batch_sharding
 from irope_jax.train.optimizer import OptimizerConfig, learning_rate, make_optimizer
 from irope_jax.train.state import init_state, state_shardings
 from irope_jax.train.step import make_train_step
+from tests.quickly import keep
 
 B, T, V, CHUNK, STEPS = 4, 64, 64, 8, 3
 MODEL = dict(
@@ -73,11 +74,16 @@ def train(mesh_config: MeshConfig | None, context: ContextConfig):
 
 
 ZIGZAG, CONTIGUOUS = ContextConfig(far="ring"), ContextConfig(layout="contiguous")
-RUNS = [("context 8", CONTIGUOUS), ("data 2 context 4", ZIGZAG), ("expert 2 context 2 tensor 2", ZIGZAG)]
+RUNS = {
+    "context 8 contiguous": ("context 8", CONTIGUOUS),
+    "data 2 context 4 zigzag": ("data 2 context 4", ZIGZAG),
+    "expert 2 context 2 tensor 2 zigzag": ("expert 2 context 2 tensor 2", ZIGZAG),
+}
 
 
-@pytest.mark.parametrize(("mesh", "context"), RUNS, ids=[f"{mesh} {context.layout}" for mesh, context in RUNS])
-def test_three_steps_equal_one_device(mesh, context):
+@pytest.mark.parametrize("name", keep("context 8 contiguous", "expert 2 context 2 tensor 2 zigzag", of=RUNS))
+def test_three_steps_equal_one_device(name):
+    mesh, context = RUNS[name]
     wanted, wanted_params, _ = train(None, ContextConfig())
     losses, params, _ = train(MESHES[mesh], context)
     assert_close(losses, wanted, rtol=0, atol=1e-5, what="losses")

@@ -13,6 +13,7 @@ from irope_jax.stages import experiment_at, settings_of, stage_experiments
 from irope_jax.train.curriculum import Condition, Gate, judge
 from irope_jax.train.loop import Outcome, TrainingError, train
 from tests import tiny
+from tests.quickly import thorough
 from tests.train.test_loop import Fingerprints, Notes, saved
 
 LENGTH = 32
@@ -103,7 +104,15 @@ def test_stages_follow_one_another_in_one_lineage(whole):
     assert experiment_at(directory, experiment) == stage_experiments(experiment)[2]
 
 
-@pytest.mark.parametrize("stop_at", [("train", 2), ("measure", 3), ("train", 4), ("train", 7)])
+CUTS = [
+    pytest.param(("train", 2), marks=thorough),
+    ("measure", 3),
+    ("train", 4),
+    pytest.param(("train", 7), marks=thorough),
+]
+
+
+@pytest.mark.parametrize("stop_at", CUTS)
 def test_cut_in_a_stage_or_at_its_border_it_ends_as_if_nothing_had_been(tmp_path, whole, stop_at):
     outcome, _ = go(tmp_path, STAGES, stop_at=stop_at)
     assert outcome.stopped_by
