@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import inspect
 import json
 import os
@@ -16,7 +17,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,24 @@ def sweep_verb(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> in
         for work in works:
             print(f"{_state(work):<8} {work.cell.name:<40} {shlex.join(work.command)}")
         return 0
-    return Sweep(study, works, args.jobs).run()
+    with contextlib.nullcontext() if args.task else alone(root):  # tasks of a job array share a study, a cell each
+        return Sweep(study, works, args.jobs).run()
+
+
+@contextlib.contextmanager
+def alone(root: Path) -> Iterator[None]:
+    """Nobody else sweeps there: two processes in one run directory spoil it.
+
+    Raises:
+      ConfigError: somebody does.
+    """
+    (root / LOGS).mkdir(parents=True, exist_ok=True)
+    with open(root / LOGS / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError("--runs", str(root), "another sweep is at work there; wait for it or stop it") from None
+        yield
 
 
 def folder_of(grid: str | os.PathLike) -> Path:

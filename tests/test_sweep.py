@@ -69,6 +69,13 @@ def place(tmp_path, monkeypatch):
     return tmp_path
 
 
+def test_one_sweep_at_a_time(place, capsys):
+    with sweep.alone(place / "runs" / "s"):
+        assert cli.main(["sweep", "grid.py"]) == 2
+    assert "another sweep is at work there" in capsys.readouterr().err and not (place / "order.txt").exists()
+    assert cli.main(["sweep", "grid.py"]) == 0
+
+
 def order(place) -> list[str]:
     return (place / "order.txt").read_text().splitlines()
 
