@@ -118,10 +118,13 @@ def get_study() -> Study:
         "training length, whatever the temperature; the temperature matters beyond that. Without local masks RoPE "
         "layers meet distances they never saw: interleaved falls below 0.8 at 64 times, all RoPE below 0.4. Facts "
         "across a chunk border are the hole of chunks; shifted borders close it and windows do not have it.",
-        verdict="Half right, and the wrong half matters. Local masks are needed: without them 0.08 (interleaved) and 0.01 "
+        verdict="Half right, and the wrong half matters. Local masks are needed: without them 0.08 "
+        "(interleaved) and 0.01 "
         "(all RoPE) at 64 times, with windows 0.999. But they are not enough: without the temperature chunks fall to "
-        "0.83, from 0.61 to 0.95 by seed. At a million tokens iRoPE finds 0.946 of 64 facts inside a chunk, short of the "
-        "0.95 that was hoped for. Shifted borders help facts on a border (0.73 to 0.94 at the training length) and lose "
+        "0.83, from 0.61 to 0.95 by seed. At a million tokens iRoPE finds 0.946 of 64 facts inside a chunk, "
+        "short of the "
+        "0.95 that was hoped for. Shifted borders help facts on a border (0.73 to 0.94 at the training "
+        "length) and lose "
         "some of the others far out (0.905). All NoPE is below 0.97 at its own length: not a fair arm yet. A longer "
         "trained start that lifts the far end would change our mind about the temperature's limit.",
         cells=product([lesson, start, *arms], seeds(3)),
