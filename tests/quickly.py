@@ -21,6 +21,7 @@ thorough = pytest.mark.thorough
 
 def keep(*values, of):
     """Parameters `of` a test, all but `values` thorough."""
+    assert all(value in of for value in values), (values, of)
     return [
         one if one in values else pytest.param(*(one if isinstance(one, tuple) else (one,)), marks=thorough)
         for one in of

@@ -197,7 +197,7 @@ class Walk:
         """
         r, _, i, j = at
 
-        def pick(tree, block):
+        def pick(tree, block):  # not by indexing, which traces a gather and its bounds for each of a dozen arrays
             slices = lambda x: lax.dynamic_slice(x, (0, r, block, *[0] * (x.ndim - 3)), (len(x), 1, 1, *x.shape[3:]))
             return jax.tree.map(lambda x: slices(x)[:, 0, 0], tree)
 

@@ -301,8 +301,8 @@ def missing(arms: Iterable[Arm]) -> list[str]:
                 notes.append(f"{arm.label}: {kind} was not measured.")
             elif at < step:
                 notes.append(f"{arm.label}: {kind} was last measured at step {at:,}, training is at {step:,}.")
-            for name in arm.evaluations(kind)[1:] if kind == "perplexity" else ():
-                notes.append(f"{arm.label}: the evaluation {name!r} was measured too; it is not on this page.")
+        for name in arm.evaluations("perplexity")[1:]:  # those of retrieval have tables of their own
+            notes.append(f"{arm.label}: the evaluation {name!r} was measured too; it is not on this page.")
     lengths = {arm.label: arm.training_length for arm in arms if arm.training_length}
     if len(set(lengths.values())) > 1:
         listed = ", ".join(f"{label} {length:,}" for label, length in lengths.items())

@@ -109,7 +109,9 @@ def runs_table(arms: Sequence[Arm]) -> Table:
         parameters = arm.recorded("parameters")
         done, planned = arm.run.last_step, arm.planned_steps
         origin = lookup(arm.run.config, "train", "init_from")
-        how = [arm.run.config.get("description"), f"Started from the parameters of `{origin}`." if origin else None]
+        others = f" (of the first of {len(arm.seeds)} seeds; the others from their own)" if arm.seeds else ""
+        start = f"Started from the parameters of `{origin}`{others}." if origin else None
+        how = [arm.run.config.get("description"), start]
         rows.append(
             (
                 arm.label,

@@ -30,9 +30,9 @@ NAMES = (
     "qwen2", "qwen3", "qwen3_moe", "mistral", "mixtral", "olmo2", "olmo3",
 )  # fmt: skip
 SPREAD = MeshConfig(data=1, fsdp=2, context=2, expert=2)
+ON_EIGHT = NAMES if EVERYTHING else ("llama4_moe_interleave2",)
 """All goldens on eight devices take a quarter of an hour; else one has everything: chunks that devices cut, experts
 over two of them, dense layers between."""
-ON_EIGHT = NAMES if EVERYTHING else ("llama4_moe_interleave2",)
 
 
 def golden(name: str) -> dict[str, np.ndarray]:

@@ -19,7 +19,6 @@ from irope_jax.transfer import read_source
 from tests.quickly import EVERYTHING
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "llama_rope"
-"""Also on eight devices."""
 KINDS = ("default", "linear", "dynamic", "yarn", "llama3", "longrope")
 
 

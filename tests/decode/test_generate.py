@@ -12,7 +12,9 @@ from irope_jax.attention.mask import Global, Sliding
 from irope_jax.core.config import ConfigError
 from irope_jax.core.types import TokenInfo
 from irope_jax.decode.generate import Generation, Generator
+from irope_jax.decode.prefill import piece_step, prefill
 from irope_jax.decode.sampling import Sampling
+from irope_jax.model.cache import CacheSpec, new_cache
 from irope_jax.model.config import LayerSpec, ModelConfig, irope_layers
 from irope_jax.model.cost import abstract_params
 from irope_jax.model.decoder import init_params, logits
@@ -65,6 +67,18 @@ def greedy(params):
 
 def placed(params, mesh):
     return jax.device_put(params, tree_shardings(abstract_params(MODEL), mesh))
+
+
+def test_all_pieces_of_a_prompt_are_one_program(params, caplog):
+    piece_step.cache_clear()
+    mesh = make_mesh(MeshConfig(), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        cache = new_cache(MODEL, CacheSpec(1, 32, "float32"))
+        weights = placed(params, mesh)
+        with jax.log_compiles():
+            prefill(MODEL, weights, cache, [PROMPTS[2]], size=8)  # four pieces
+    compiled = [r.getMessage() for r in caplog.records if r.getMessage().startswith("Compiling jit(step)")]
+    assert len(compiled) == 1, compiled
 
 
 @pytest.mark.parametrize("devices", keep(8, of=(1, 8)))

@@ -29,7 +29,8 @@ RUNS = {
     "both": (dict(data=2, context=4), slice(0), (FOLDS,)),
     "context": (dict(data=1, context=8), slice(1), (FOLDS, ("train.log_every", "4"), ("train.eval_every", "5"))),
 }
-"""The batch cut across processes; then, with the sequence cut inside each; then the sequence cut across processes."""
+"""The batch cut across processes; then, with the sequence cut inside each; then the sequence cut across processes. The
+second is a mixture of the others, so one of those that run with IROPE_EVERY_TEST=1."""
 if not quickly.EVERYTHING:
     del RUNS["both"]
 
