@@ -62,8 +62,8 @@ FAR = (
 
 facts, text = get_config("irope").data.mixture
 TRAINED_ON = ({**facts, "source": {**facts["source"], "num_facts": (1, 16)}}, text)
-"""Up to 16 facts where the quickstart has 8. This and the longer start were chosen after one trial of iRoPE with seed 0,
-judged by questions of NEAR and by 64 facts; what each of the two does was not measured."""
+"""Up to 16 facts where the quickstart has 8. This and the longer start were chosen after one trial of iRoPE with seed
+0, judged by questions of NEAR and by 64 facts; what each of the two does was not measured."""
 
 
 def arm(*pattern: dict, headline: bool = False, far: bool = False, **overrides) -> dict:
