@@ -1,9 +1,12 @@
 """Eight simulated devices, a compile cache shared by test processes, and the repository root on the path."""
 
 import gc
+import logging
 import os
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -34,3 +37,14 @@ def pytest_collection_modifyitems(config, items):
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in set(left_out)]
+
+
+@pytest.fixture(autouse=True)
+def package_log_as_it_was():
+    """A command line that a test runs puts its own handler on the package's logger and keeps lines from the root."""
+    package = logging.getLogger("irope_jax")
+    level, propagate = package.level, package.propagate
+    yield
+    package.handlers.clear()
+    package.propagate = propagate
+    package.setLevel(level)
