@@ -40,7 +40,7 @@ def open_bytes(path: Path) -> BinaryIO:
         match path.suffix:
             case ".xz":
                 return lzma.open(path, "rb")
-            case ".gz":
+            case ".gz" | ".dz":  # dictzip is gzip whose blocks can be found
                 return gzip.open(path, "rb")
             case ".bz2":
                 return bz2.open(path, "rb")
@@ -132,12 +132,17 @@ def read_lines(path: Path, *, skip_damaged: bool = False) -> Iterator[tuple[int,
 
 def read_text(path: Path) -> str:
     """The whole file as text; line ends are kept as they are, a BOM at the start is dropped."""
+    return _decode(read_bytes(path), path, 1)
+
+
+def read_bytes(path: Path) -> bytes:
+    """The whole file, decompressed."""
     with open_bytes(path) as file:
         parts, lines = [], 1
         while block := _read(file, path, lines, 1 << 20):
             parts.append(block)
             lines += block.count(b"\n")
-    return _decode(b"".join(parts), path, 1)
+    return b"".join(parts)
 
 
 def text_of(record: Mapping[str, Any], field: str, path: Path, line: int) -> str:

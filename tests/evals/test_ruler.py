@@ -1,5 +1,6 @@
 """RULER: our words are the harness's words, and its scores are those of whoever reads, or guesses."""
 
+import gzip
 import json
 import random
 import re
@@ -13,6 +14,7 @@ from irope_jax.core.config import ConfigError, from_dict, to_dict
 from irope_jax.data.reading import SourceError
 from irope_jax.data.text_tasks import ruler_lists, ruler_needles, ruler_questions
 from irope_jax.data.text_tasks.questions import Gaps, HotpotFile, SquadFile, chosen_documents
+from irope_jax.data.text_tasks.references import Dictionary, Verses
 from irope_jax.data.text_tasks.registry import RULER_TASKS, Ruler
 from irope_jax.data.text_tasks.sample import fill
 from irope_jax.data.tokenizer import ByteTokenizer, TokenizerFile
@@ -188,6 +190,75 @@ def test_published_question_files_are_read_as_ruler_reads_them(tmp_path):
         SquadFile(str(tmp_path / "hotpot.json")).load()
     with pytest.raises(SourceError, match="cannot be read"):
         SquadFile(str(tmp_path / "none.json")).load()
+
+
+def test_verses_are_asked_for_by_words_that_one_verse_says(tmp_path):
+    lines = ["John 3:1 a man", "John 3:16 so loved", "", "1 John 2:3 we know", "John 2:3 wine", "Jude1:25 a man"]
+    (tmp_path / "verses.txt").write_text("\n".join(lines))
+    found = Verses(str(tmp_path / "verses.txt")).load()
+    assert found.documents == (*lines[:2], *lines[3:5], "Jude 1:25 a man")
+    # "a man" is said twice; the answer "John 2:3" would be found in "1 John 2:3"
+    assert [(q.query, q.answers, q.gold) for q in found.questions] == [
+        ('Which verse says "so loved"?', ("John 3:16",), (1,)),
+        ('Which verse says "we know"?', ("1 John 2:3",), (2,)),
+    ]
+    assert found.questions[0].near == (0, 2, 3, 4)
+    (tmp_path / "other.txt").write_text("John 3:1 a man\n\nno verse at all\n")
+    with pytest.raises(SourceError, match=r"other.txt:3: .*Genesis 1:1"):
+        Verses(str(tmp_path / "other.txt")).load()
+    (tmp_path / "same.txt").write_text("John 3:1 a man\nJohn 3:2 a man\n")
+    with pytest.raises(SourceError, match="2 entries and none"):
+        Verses(str(tmp_path / "same.txt")).load()
+
+
+def dictionary(folder, entries):
+    """Files as dictfmt(1) writes them: the text of all entries, and where each lies, in base 64."""
+    digits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"
+    number = lambda n: (number(n // 64) if n >= 64 else "") + digits[n % 64]
+    text, index = b"", []
+    for head, body in entries:
+        entry = f"{head}\n   {body}\n".encode()
+        index.append(f"{head}\t{number(len(text))}\t{number(len(entry))}")
+        text += entry
+    (folder / "words.index").write_text("\n".join(index) + "\n")
+    (folder / "words.dict.dz").write_bytes(gzip.compress(text))
+    return Dictionary(str(folder / "words.dict.dz"))
+
+
+def test_headwords_are_asked_for_by_their_definition(tmp_path):
+    filler = "word " * 130
+    entries = [
+        ("00databaseinfo", "a text about the dictionary itself, which nobody will ask for"),
+        ("cache", "A small fast {memory} that keeps\n   what was used; pronounced Cache, like cash"),
+        ("cachet", "a mark of approval, é la mode, that sets a thing apart"),
+        ("short", "too few words"),
+        ("stack", "what was put on it last is taken first " + filler),
+    ]
+    found = dictionary(tmp_path, entries).load()
+    # "cache" begins "cachet": an answer of one would be found in the other
+    assert [q.answers for q in found.questions] == [("cachet",), ("stack",)]
+    cache, cachet, stack = found.documents
+    assert cache == "cache: A small fast memory that keeps what was used; pronounced Cache, like cash"
+    assert cachet.endswith("é la mode, that sets a thing apart") and stack.count(" ") == 121 and stack.endswith("…")
+    assert found.questions[0].query.startswith('Which headword of the dictionary is defined as "a mark of approval')
+    (tmp_path / "two").mkdir()
+    (question,) = dictionary(tmp_path / "two", entries[1:2]).load().questions
+    assert "_____, like cash" in question.query and "Cache" not in question.query
+
+
+def test_dictionaries_that_are_none_are_refused_in_a_line(tmp_path):
+    with pytest.raises(SourceError, match="not named NAME"):
+        Dictionary(str(tmp_path / "words.txt")).load()
+    found = dictionary(tmp_path, [("cache", "a small fast memory that keeps what was used")])
+    (tmp_path / "words.index").write_text("cache\tA\tB\ncache\t~\tB\n")
+    with pytest.raises(SourceError, match=r"words.index:2: .*offset"):
+        found.load()
+    (tmp_path / "words.index").write_text("cache\tA\t//\n")
+    with pytest.raises(SourceError, match=r"words.index:1: .*do not belong together"):
+        found.load()
+    (tmp_path / "words.dict.dz").write_bytes(b"no gzip")
+    with pytest.raises(SourceError, match="damaged or truncated"):
+        found.load()
 
 
 def test_more_documents_keep_those_of_fewer_and_gold_is_always_among_them():

@@ -2,7 +2,7 @@
 
 SQuAD and HotpotQA may not be shipped. `Gaps` and `Presidents` make questions of the same shape (one document answers,
 two documents answer together) from what is here; `SquadFile` and `HotpotFile` read the published files where a user has
-them, and then the tasks are RULER's own.
+them, and then the tasks are RULER's own. `references` asks for verses and headwords.
 """
 
 from __future__ import annotations
@@ -209,9 +209,6 @@ def _hotpot(path: str) -> QuestionSet:
             Question(row["question"], (row["answer"],), tuple(place[d] for d in own)) for row, own in rows
         )
     return QuestionSet(questions, documents)
-
-
-QuestionSpec = Gaps | Presidents | SquadFile | HotpotFile
 
 
 class _reading:

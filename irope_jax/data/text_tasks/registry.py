@@ -10,10 +10,10 @@ from irope_jax.data.sources import Corpus, SourceSpec
 from irope_jax.data.text_tasks.classics import PasskeyTask, SandwichTask
 from irope_jax.data.text_tasks.facts import STORIES, FactsTask
 from irope_jax.data.text_tasks.lookups import KeyValueTask, LinesTask, NumbersTask, RoundsTask
-from irope_jax.data.text_tasks.questions import Gaps, Presidents, QuestionSpec
+from irope_jax.data.text_tasks.questions import Gaps, Presidents
 from irope_jax.data.text_tasks.ruler_lists import CommonWordsTask, FrequentWordsTask, VariableTask
 from irope_jax.data.text_tasks.ruler_needles import needle_tasks
-from irope_jax.data.text_tasks.ruler_questions import QuestionTask
+from irope_jax.data.text_tasks.ruler_questions import QuestionSpec, QuestionTask
 from irope_jax.data.text_tasks.sample import TextTask
 
 

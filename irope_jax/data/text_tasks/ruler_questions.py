@@ -8,7 +8,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from irope_jax.data.text_tasks.questions import Gaps, QuestionSpec, chosen_documents
+from irope_jax.data.text_tasks.questions import Gaps, HotpotFile, Presidents, SquadFile, chosen_documents
+from irope_jax.data.text_tasks.references import Dictionary, Verses
 from irope_jax.data.text_tasks.sample import Metric, TextSample, TextTask
 from irope_jax.data.tokenizer import TokenizerSpec
 
@@ -22,6 +23,9 @@ ANSWERING = (
 def answering_prompt(documents: Sequence[str], query: str) -> str:
     numbered = [f"Document {i}:\n{document}" for i, document in enumerate(documents, 1)]
     return ANSWERING.format(documents="\n\n".join(numbered), query=query)
+
+
+QuestionSpec = Gaps | Presidents | Verses | Dictionary | SquadFile | HotpotFile
 
 
 @dataclass(frozen=True)
