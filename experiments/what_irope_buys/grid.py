@@ -79,6 +79,7 @@ RANDOMISED = dict(kind="randomised", limit=64 * LENGTH)
 ARMS = {
     "iRoPE": arm(*irope(), headline=True, far=True),
     "iRoPE, no temperature": arm(*irope(temperature=None), headline=True),
+    "iRoPE, SSMax": arm(*irope(temperature=dict(kind="ssmax", train_length=LENGTH))),
     "iRoPE, borders shifted": arm(local(), SHIFTED, local(), LAST, headline=True, far=True),
     "RoPE-NoPE, sliding window": arm(WINDOW, WINDOW, WINDOW, LAST, headline=True, far=True),
     "RoPE-NoPE, no local masks": arm(layer(), layer(), layer(), layer(NOPE), headline=True),

@@ -24,6 +24,7 @@ from irope_jax.model.routing import RouterSums
 from irope_jax.model.self_attention import SelfAttention
 from irope_jax.position.absolute import Learned, Sinusoidal, sinusoids
 from irope_jax.position.rope import Turns
+from irope_jax.position.temperature import is_learned
 from irope_jax.sharding.lookup import look_up
 from irope_jax.sharding.rules import constrain, embed_axis, gathered
 
@@ -114,7 +115,7 @@ class Decoder(nn.Module):
     Parameters of the layers are stacked over the repeats of the period (leading axis R), whatever the depth, so compile
     time does not grow with it. But for what is learned of positions (`SSMax`, a learned position embedding) they do not
     depend on positions, masks or temperatures: a model with another `pattern` of the same shapes uses the same
-    parameters, after `restack` if its period is another.
+    parameters, after `restack`.
 
     Attributes:
       observe: asked about the attention of every layer (`observed_attention`); None costs nothing.
@@ -214,7 +215,10 @@ def init_params(config: ModelConfig, key: jax.Array) -> Any:
 
 
 def restack(params: Any, source: ModelConfig, target: ModelConfig) -> Any:
-    """Parameters of `source` stacked as `target` scans over them: layer i stays layer i, whatever the periods.
+    """Parameters of `source` as `target` scans over them: layer i stays layer i, whatever the periods.
+
+    A learned temperature that a layer of `target` has and that of `source` has not begins as in a fresh model, where
+    its mean over the training length is 1; one that it has not is left out.
 
     Raises:
       ConfigError: the two have different numbers of layers.
@@ -224,14 +228,29 @@ def restack(params: Any, source: ModelConfig, target: ModelConfig) -> Any:
             "num_layers", target.num_layers, f"the parameters are of a model with {source.num_layers} layers"
         )
     old, new = len(source.period), len(target.period)
-    if old == new:
-        return params
     stacks = params["periods"]
+    if old == new:
+        names = [f"layer_{i}" for i in range(new)]
+        kept = {name: _tempered(stacks[name], target, i, target.num_layers // new) for i, name in enumerate(names)}
+        return {**params, "periods": kept}
     layers = [
         jax.tree.map(lambda w, repeat=i // old: w[repeat], stacks[f"layer_{i % old}"]) for i in range(source.num_layers)
     ]
+    layers = [_tempered(layer, target, i % new) for i, layer in enumerate(layers)]
     restacked = {f"layer_{i}": jax.tree.map(lambda *w: jnp.stack(w), *layers[i::new]) for i in range(new)}
     return {**params, "periods": restacked}
+
+
+def _tempered(params: Any, target: ModelConfig, number: int, *repeats: int) -> Any:
+    """Parameters of a layer, or of a stack of its repeats, with the learned temperature that `target` has there."""
+    spec, attention = target.period[number].temperature, params["attention"]
+    if is_learned(spec) == ("temperature" in attention):
+        return params
+    others = {name: value for name, value in attention.items() if name != "temperature"}
+    if is_learned(spec):
+        dtype = jnp.dtype(target.precision.params)
+        others["temperature"] = jnp.full((*repeats, target.num_heads), spec.initial, dtype)
+    return {**params, "attention": others}
 
 
 def hidden_states(

@@ -175,7 +175,7 @@ def params_for(
             "use a run with the same parameters, or the model it was trained with"
         )
     params, step = load_params(run_directory, trained, mesh, step, weights, for_decoding=for_decoding)
-    if len(trained.period) == len(config.period):
+    if [layer.temperature for layer in trained.period] == [layer.temperature for layer in config.period]:
         return params, step
     places = tree_shardings(boxed, mesh, whole_along_context=for_decoding)
     return jax.jit(move, out_shardings=places)(params), step

@@ -12,10 +12,19 @@ from jax.sharding import PartitionSpec as P
 from irope_jax.checkpoint.native import CheckpointError, Checkpoints
 from irope_jax.core.config import to_dict
 from irope_jax.core.numerics import assert_equal_trees
+from irope_jax.position import temperature
 from irope_jax.sharding.mesh import MeshConfig, abstract_mesh, make_mesh
 from irope_jax.train.algorithms import Adafactor
 from irope_jax.train.optimizer import OptimizerConfig, make_optimizer
-from irope_jax.train.state import evaluation_params, init_state, load_params, params_from, start_from, state_shardings
+from irope_jax.train.state import (
+    evaluation_params,
+    fresh_params,
+    init_state,
+    load_params,
+    params_from,
+    start_from,
+    state_shardings,
+)
 from tests import tiny
 
 AVERAGING = OptimizerConfig(ema_decay=0.9)
@@ -94,3 +103,34 @@ def test_a_start_from_other_weights_forgets_moments_and_averages(state, mesh):
     assert_equal_trees(found.opt_state, optimizer.init(nn.meta.unbox(params)))
     places = lambda tree: {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(tree)}
     assert not places(found.params) & places(found.averaged)  # both are donated
+
+
+def layers_of(*learned):
+    """A model of four layers, by whether each layer of its period learns its temperature."""
+    temper = {True: temperature.SSMax(16), False: temperature.LogN(16)}
+    layer = tiny.experiment().model.pattern[0]
+    pattern = tuple(dataclasses.replace(layer, temperature=temper[one]) for one in learned)
+    return dataclasses.replace(tiny.experiment().model, num_layers=4, pattern=pattern)
+
+
+@pytest.mark.parametrize("before, after", [((False,), (True,)), ((False, True), (True,)), ((True,), (False, True))])
+def test_a_learned_temperature_begins_as_in_a_fresh_model_and_goes_with_its_layer(tmp_path, mesh, before, after):
+    source, target = layers_of(*before), layers_of(*after)
+    with Checkpoints(tmp_path, create=True) as checkpoints:
+        saved = init_state(source, make_optimizer(OptimizerConfig(), 10), mesh, 0)
+        moved = jax.tree_util.tree_map_with_path(
+            lambda path, leaf: leaf + 1 if "temperature" in jax.tree_util.keystr(path) else leaf, saved.params
+        )
+        checkpoints.save(1, saved.replace(params=moved), {}, {"model": to_dict(source)})
+    params, _ = params_from(str(tmp_path), target, mesh)
+    assert jax.tree.map(jnp.shape, params) == jax.tree.map(jnp.shape, fresh_params(target, mesh, 0))
+    begun = temperature.SSMax(16).initial
+    for i in range(4):
+        attention = params["periods"][f"layer_{i % len(after)}"]["attention"]
+        was = moved["periods"][f"layer_{i % len(before)}"]["attention"]
+        np.testing.assert_array_equal(attention["query"][i // len(after)], was["query"][i // len(before)])
+        if after[i % len(after)]:
+            expected = begun + 1 if before[i % len(before)] else begun
+            np.testing.assert_allclose(attention["temperature"][i // len(after)], expected, rtol=1e-6)
+        else:
+            assert "temperature" not in attention
