@@ -76,9 +76,9 @@ def get_study() -> Study:
         name="extension_methods",
         question="How far does an all-RoPE model go by changing its rotations, without and with a little training?",
         prediction="Without training: no change keeps nothing beyond twice its length; dynamic NTK and YaRN keep "
-        "most to 4 times, Llama 3's rule near them; PI loses already at its own length, as it must be trained to; with a "
-        "factor of 16 all lose some of the own length and none reaches 0.9 at 16 times. After 150 steps at 512 "
-        "tokens every method is right at 4 times, and PI has caught up; at 16 times only SWAN and DroPE, which have "
-        "nothing that could be out of range, are above 0.9.",
+        "most to 4 times, Llama 3's rule near them; PI loses already at its own length, as it must be trained to; "
+        "with a factor of 16 all lose some of the own length and none reaches 0.9 at 16 times. After 150 steps at "
+        "512 tokens every method is right at 4 times, and PI has caught up; at 16 times only SWAN and DroPE, which "
+        "have nothing that could be out of range, are above 0.9.",
         cells=product([*asked, *trained], STARTS),
     )

@@ -80,9 +80,9 @@ def get_study() -> Study:
         name="temperature_by_length",
         question="Which temperature carries a layer without positions how far beyond its training length?",
         prediction="Without one retrieval falls below 0.9 at 64 times and below 0.3 at 1,024 times the training "
-        "length. Log-n holds 0.95 at 1,024 times, in steps or smooth alike. Half of it breaks between 64 and 1,024 times; "
-        "twice of it costs nothing that 512 questions show; four times begins to. Steps that begin later (1,024, 8,192 "
-        "tokens) lose what lies before their first. Llama 4's factor 0.1 is half of log-n and breaks like it. SSMax "
-        "equals log-n.",
+        "length. Log-n holds 0.95 at 1,024 times, in steps or smooth alike. Half of it breaks between 64 and 1,024 "
+        "times; twice of it costs nothing that 512 questions show; four times begins to. Steps that begin later "
+        "(1,024, 8,192 tokens) lose what lies before their first. Llama 4's factor 0.1 is half of log-n and breaks "
+        "like it. SSMax equals log-n.",
         cells=product([*asked, *trained], STARTS),
     )
