@@ -90,7 +90,7 @@ def sweep_verb(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> in
         works = [_task(works, args.task)]
     if args.list:
         for work in works:
-            print(f"{_state(work):<8} {work.cell.name:<40} {shlex.join(work.command)}")
+            print(shlex.join(["irope", *work.command]) if args.list == "commands" else _line(work))
         return 0
     with contextlib.nullcontext() if args.task else alone(root):  # tasks of a job array share a study, a cell each
         return Sweep(study, works, args.jobs).run()
@@ -199,6 +199,12 @@ def is_done(work: Work) -> bool:
 
 def _state(work: Work) -> str:
     return "done" if is_done(work) else "cut" if is_run(work.directory) else "new"
+
+
+def _line(work: Work) -> str:
+    cell = work.cell
+    about = f"{cell.verb} {cell.config}" + (f", from {cell.starts_from}" if cell.starts_from else "")
+    return f"{_state(work):<5} {cell.name:<40} {about}"
 
 
 class Sweep:

@@ -21,6 +21,7 @@ cells made with Cell, product, zipped, chained, axis and seeds of irope_jax.stud
 
 examples:
   irope sweep experiments/what_irope_buys/grid.py --list
+  irope sweep experiments/what_irope_buys/grid.py --list=commands --only=iRoPE/seed=0
   irope sweep experiments/what_irope_buys/grid.py --only=headline
   irope sweep experiments/what_irope_buys/grid.py --jobs=2
   irope sweep experiments/what_irope_buys/grid.py --scale=large --slurm=jobs/
@@ -33,7 +34,10 @@ examples:
     sweep.add_argument("--scale", metavar="NAME", help="which size of the study, where its get_study() takes one")
     sweep.add_argument("--jobs", type=int, default=1, metavar="N", help="cells at a time (default: 1)")
     sweep.add_argument("--runs", metavar="DIR", help="folder of the run directories (default: runs/STUDY)")
-    sweep.add_argument("--list", action="store_true", help="print every cell, how far it is and its command")
+    sweep.add_argument(
+        "--list", nargs="?", const="cells", choices=("cells", "commands"),
+        help="run nothing; print every cell and how far it is, or the command of each",
+    )  # fmt: skip
     sweep.add_argument("--task", metavar="LEVEL:INDEX", help="run one cell, as the tasks of a cluster do")
     sweep.add_argument("--slurm", metavar="DIR", help="write SLURM arrays there in place of running")
     sweep.add_argument("--jobset", metavar="FILE", help="write a Kubernetes JobSet in place of running")

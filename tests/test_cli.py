@@ -6,6 +6,8 @@ import io
 import json
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -247,3 +249,15 @@ def test_show_reads_a_config_json_without_running_anything(capsys, tmp_path, sho
         irope(capsys, "show", f"--config={path}")
         irope(capsys, "show", DEBUG, f"--config.{field}={evil}")
     assert not witness.exists()
+
+
+def test_whoever_reads_the_output_may_leave():
+    """`irope sweep … --list | head`: no traceback, and the exit code that shells know."""
+    grid = str(Path(__file__).parents[1] / "experiments" / "what_irope_buys")
+    command = [sys.executable, "-c", "from irope_jax.cli import main; raise SystemExit(main())"]
+    process = subprocess.Popen(
+        [*command, "sweep", grid, "--list=commands"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    process.stdout.close()
+    _, said = process.communicate()
+    assert (process.returncode, said) == (141, b"")

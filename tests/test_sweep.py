@@ -141,7 +141,11 @@ def test_a_list_says_what_is_left_and_how_to_run_it(place, capfd):
     assert [line.split()[:2] for line in lines] == [
         ["new", "start/seed=0"], ["done", "start/seed=1"], ["new", "arm/seed=0"], ["new", "arm/seed=1"],
     ]  # fmt: skip
-    assert "train --config=tiny.json --run-dir=runs/s/arm/seed=1" in lines[3]
+    assert lines[3].endswith("train tiny.json, from start/seed=1")
+    assert cli.main(["sweep", "grid.py", "--only=arm/seed=1", "--list=commands"]) == 0
+    *_, command = capfd.readouterr().out.splitlines()
+    assert command.startswith("irope train --config=tiny.json --run-dir=runs/s/arm/seed=1")
+    assert "--config.train.init_from=runs/s/start/seed=1" in command
 
 
 def test_tasks_of_a_cluster(place, capfd):
