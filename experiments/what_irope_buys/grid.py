@@ -2,6 +2,8 @@
 
     irope sweep experiments/what_irope_buys --only=headline --jobs=2
     irope report experiments/what_irope_buys --only=headline
+    irope sweep experiments/what_irope_buys --only=headline --scale=large --slurm=jobs      # for real hardware
+    irope sweep experiments/what_irope_buys --only=headline --scale=smoke                   # does all of it run?
 
 Every seed has one trained start: iRoPE, 500 steps on pairs at 32 tokens, then 1,200 on novels and facts at 128. An arm
 goes on from it with its own layers and the same 300 steps at 128 tokens, where it must be right before it is judged
@@ -10,13 +12,16 @@ beyond. An arm is one line of ARMS.
 
 import math
 import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from irope_jax.study.grid import Cell, Study, product, seeds
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 sys.path.insert(0, str(CONFIGS))
-from quickstart import FACTS, HELD_OUT, LENGTH, get_config  # noqa: E402
+from quickstart import FACTS, HELD_OUT, LENGTH, SHORT, get_config  # noqa: E402
 
 QUICKSTART = "../../configs/quickstart.py"
 FFN = dict(kind="swiglu", hidden_dim=128)
@@ -97,9 +102,95 @@ ARMS = {
 }
 
 
-def get_study() -> Study:
+# ---- scales ---------------------------------------------------------------------------------------------------------
+
+STEPS = {"lesson": 500, "start": 1200, "arm": 300}
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The same grid at another size.
+
+    Attributes:
+      stretch: everything that is a number of tokens, times this: lengths, chunks, windows, the temperature's floor.
+      steps: times those of STEPS.
+      times: multiples of the training length that are evaluated, of those above.
+      questions: at most so many.
+      changes: of every config, by its path.
+    """
+
+    stretch: int = 1
+    steps: float = 1.0
+    times: tuple[int, ...] = (1, 4, 16, 64, 1024, 8192)
+    questions: int = 512
+    changes: Mapping[str, Any] = field(default_factory=dict)
+
+    def of(self, cell: Cell, kind: str) -> Cell:
+        """A cell at this scale; at its own size nothing is said that the config says."""
+        if self == Scale():
+            return cell
+        overrides = {**cell.overrides, **self.changes, "train.steps": math.ceil(STEPS[kind] * self.steps)}
+        length = self.stretch * (SHORT if kind == "lesson" else LENGTH)
+        pattern = overrides.get("model.pattern") or (lesson_layers() if kind == "lesson" else irope())
+        overrides |= {"model.pattern": tuple(self._layer(one) for one in pattern), "data.seq_len": length}
+        overrides["evals"] = tuple(one for one in map(self._evaluation, overrides["evals"]) if one["lengths"])
+        return replace(cell, overrides=overrides)
+
+    def _layer(self, layer: dict) -> dict:
+        stretched = {name: self._tokens(value) if isinstance(value, dict) else value for name, value in layer.items()}
+        hidden = self.changes.get("model.d_model")
+        return stretched | ({"ffn": dict(FFN, hidden_dim=3 * hidden)} if hidden else {})
+
+    def _tokens(self, spec: dict) -> dict:
+        counted = {
+            n: v * self.stretch for n, v in spec.items() if n in ("size", "shift", "floor_scale", "train_length")
+        }
+        if spec.get("kind") == "log_floor":
+            counted["attn_scale"] = spec["attn_scale"] * math.log(LENGTH) / math.log(LENGTH * self.stretch)
+        return {**spec, **counted}
+
+    def _evaluation(self, spec: dict) -> dict:
+        lengths = [n * self.stretch for n in spec["lengths"] if n // LENGTH in self.times]
+        most = {name: min(spec[name], limit) for name, limit in self._limits() if name in spec}
+        return {**spec, **most, "lengths": tuple(lengths)}
+
+    def _limits(self) -> tuple[tuple[str, int], ...]:
+        return ("queries", self.questions), ("tokens", 131_072 if self.questions >= 512 else 4096)
+
+
+SCALES = {
+    "laptop": Scale(),
+    "smoke": Scale(steps=0.02, times=(1, 4), questions=8, changes={"train.optimizer.schedule.warmup": 2}),
+    "large": Scale(
+        stretch=64,
+        steps=10,
+        times=(1, 4, 16, 64),
+        changes={
+            "model.d_model": 1024,
+            "model.num_layers": 24,
+            "model.num_heads": 16,
+            "model.num_kv_heads": 4,
+            "model.head_dim": 64,
+            "model.precision.compute": "bfloat16",
+            "model.remat": "full",
+            "data.batch_size": 64,
+            "mesh.fsdp": 8,
+        },
+    ),
+}
+"""`large`: 0.3B parameters trained at 8,192 tokens, half a million a step, on 8 chips; `mesh` says how many."""
+
+
+def lesson_layers() -> tuple:
+    return (*[local(16)] * 3, layer(NOPE, temperature=LOG_N))
+
+
+def get_study(scale: str = "laptop") -> Study:
+    if scale not in SCALES:
+        raise ValueError(f"unknown scale {scale!r}; choose one of: {', '.join(SCALES)}")
+    size = SCALES[scale]
     lesson = Cell(name="lesson", config=f"{QUICKSTART}:recall", overrides={"evals": ()})
-    longer = {"evals": (), "data.mixture": TRAINED_ON, "train.steps": 1200}
+    longer = {"evals": (), "data.mixture": TRAINED_ON, "train.steps": STEPS["start"]}
     start = Cell(name="start", config=f"{QUICKSTART}:irope", overrides=longer, starts_from="lesson")
     arms = [
         Cell(
@@ -111,8 +202,9 @@ def get_study() -> Study:
         )
         for name, made in ARMS.items()
     ]
+    sized = [size.of(lesson, "lesson"), size.of(start, "start"), *(size.of(one, "arm") for one in arms)]
     return Study(
-        name="what_irope_buys",
+        name="what_irope_buys" if scale == "laptop" else f"what_irope_buys_{scale}",
         question="What does iRoPE buy beyond the length it was trained at?",
         prediction="Local masks carry most of it: with chunks or windows retrieval stays above 0.97 at 64 times the "
         "training length, whatever the temperature; the temperature matters beyond that. Without local masks RoPE "
@@ -132,5 +224,5 @@ def get_study() -> Study:
         "the windows' far evaluations were added after the near ones of one seed were seen. Arms trained from "
         "scratch, or a longer start that lifts the far end, would change our mind. Times on this page were taken "
         "beside other work.",
-        cells=product([lesson, start, *arms], seeds(3)),
+        cells=product(sized, seeds(3)),
     )
