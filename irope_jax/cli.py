@@ -226,9 +226,11 @@ examples:
   irope report runs/debug
   irope report runs/quickstart/irope runs/quickstart/rope --out=runs/quickstart/report
   irope report experiments/what_irope_buys --only=headline
+  irope report experiments/what_irope_buys --beside=../before/runs/what_irope_buys --out=compared
+  irope report experiments/what_irope_buys experiments/extension_methods --out=compared
 """,
     )
-    report.add_argument("runs", nargs="+", metavar="RUN", help="run directories, or the folder of a study")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="run directories, or folders of studies")
     report.add_argument(
         "--out",
         metavar="DIR",
@@ -237,6 +239,10 @@ examples:
     report.add_argument("--only", action="append", metavar="WORD", help="of a study: a tag, arm or cell; repeatable")
     report.add_argument("--scale", metavar="NAME", help="of a study: which size of it")
     report.add_argument("--runs", dest="runs_in", metavar="DIR", help="of a study: folder of its runs (runs/STUDY)")
+    report.add_argument(
+        "--beside", action="append", metavar="DIR",
+        help="of a study: folder of its runs of another commit, to compare; repeatable",
+    )  # fmt: skip
 
     add_import(verb)
     add_export(verb)

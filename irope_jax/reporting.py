@@ -5,29 +5,32 @@ from __future__ import annotations
 import argparse
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
-from irope_jax.core.config import ConfigError, fingerprint
+from irope_jax.core.config import ConfigError
 from irope_jax.core.records import RecordError, is_run, load_run
 from irope_jax.study.collect import Arm, load_arms
 from irope_jax.study.grid import Study
 from irope_jax.study.report import terminal_tables, write_page, write_report
 from irope_jax.study.seeds import pooled_arm
-from irope_jax.sweep import Work, folder_of, is_done, load_study, work_of
+from irope_jax.sweep import Work, folder_of, is_done, is_of, load_study, work_of
 
 Overrides = list[tuple[str, str]]
 
 
 def report_verb(args: argparse.Namespace, overrides: Overrides) -> int:
     runs = [Path(run) for run in args.runs]
-    of_studies = {"--only": args.only, "--scale": args.scale, "--runs": args.runs_in}
+    of_studies = {"--only": args.only, "--scale": args.scale, "--runs": args.runs_in, "--beside": args.beside}
     grids = [run for run in runs if run.suffix == ".py" or ((run / "grid.py").is_file() and not is_run(run))]
-    if grids and len(runs) > 1:
-        raise ConfigError("RUN", str(grids[0]), "a study is reported alone; name it, or run directories")
-    if grids:
-        page, arms = study_report(runs[0], args)
+    if grids and len(grids) < len(runs):
+        raise ConfigError("RUN", str(grids[0]), "studies are not reported with run directories; name either")
+    if len(grids) > 1:
+        page, arms = studies_report(grids, args)
+    elif grids:
+        page, arms = study_report(grids[0], args)
     elif given := [(flag, value) for flag, value in of_studies.items() if value]:
         raise ConfigError(*given[0], "belongs to a study; name its folder, experiments/<question>")
     else:
@@ -44,32 +47,70 @@ def report_verb(args: argparse.Namespace, overrides: Overrides) -> int:
 
 
 def study_report(grid: Path, args: argparse.Namespace) -> tuple[Path, list[Arm]]:
-    """The page of a study, beside its grid, and its arms.
+    """The page of a study, beside its grid, and its arms; with `--beside` also those of runs elsewhere.
 
     Raises:
       RecordError: nothing was run, or a run was made with other values than its grid has now.
     """
     study = load_study(grid, args.scale)
-    folder = folder_of(grid)
-    root = Path(args.runs_in or Path("runs") / study.name)
-    works = [work_of(cell, folder, root, study) for cell in study.chosen(args.only or ())]
-    arms, left = study_arms(study, works)
-    if not arms:
-        raise RecordError(f"{root}: no cell of {study.name} was finished; run `irope sweep {grid}` first")
-    notes = [f"{len(left)} cells are not finished and left out: {', '.join(left)}."] if left else []
+    roots = [Path(args.runs_in or Path("runs") / study.name), *map(Path, args.beside or ())]
+    if len(roots) > 1 and not args.out:
+        raise ConfigError("--out", ConfigError.ABSENT, "a comparison is no study's own page; say where to write it")
+    arms, notes = _of_roots(grid, study, roots, args.only)
     command = ["irope", "report", str(grid)] + [f"--only={word}" for word in args.only or ()]
     command += [f"--scale={args.scale}"] * bool(args.scale)
     sweep = shlex.join(["irope", "sweep", *command[2:]])
-    out = Path(args.out) if args.out else folder
+    if len(roots) > 1:
+        command += [f"--runs={roots[0]}", *(f"--beside={root}" for root in roots[1:]), f"--out={args.out}"]
     page = write_page(
         arms,
-        out,
+        Path(args.out) if args.out else folder_of(grid),
         title=study.question,
         command=f"{sweep}\n{shlex.join(command)}",
         foreword=foreword(study),
         notes=notes,
     )
     return page, arms
+
+
+def studies_report(grids: Sequence[Path], args: argparse.Namespace) -> tuple[Path, list[Arm]]:
+    """One page of several studies, each from the folder of its name in `runs/`, or below `--runs`."""
+    if not args.out:
+        raise ConfigError(
+            "--out", ConfigError.ABSENT, "a page of several studies is no study's own; say where to write it"
+        )
+    if args.beside:
+        raise ConfigError("--beside", args.beside[0], "compares the runs of one study; name one")
+    studies = [load_study(grid, args.scale) for grid in grids]
+    arms, notes = [], []
+    for grid, study in zip(grids, studies, strict=True):
+        found, left = _of_roots(grid, study, [Path(args.runs_in or "runs") / study.name], args.only)
+        arms += [replace(arm, index=len(arms) + i, label=f"{study.name}/{arm.label}") for i, arm in enumerate(found)]
+        notes += left
+    page = write_page(
+        arms,
+        Path(args.out),
+        title=" / ".join(study.question for study in studies),
+        command=shlex.join(["irope", "report", *map(str, grids), f"--out={args.out}"]),
+        foreword="\n\n".join(f"{study.question}\n\n{foreword(study)}" for study in studies),
+        notes=notes,
+    )
+    return page, arms
+
+
+def _of_roots(grid: Path, study: Study, roots: Sequence[Path], only: Sequence[str]) -> tuple[list[Arm], list[str]]:
+    """Arms of a study in each of some folders, told apart by the folder if there are several; and notes."""
+    arms, notes = [], []
+    for root in roots:
+        works = [work_of(cell, folder_of(grid), root, study) for cell in study.chosen(only or ())]
+        found, left = study_arms(study, works)
+        if not found:
+            raise RecordError(f"{root}: no cell of {study.name} was finished; run `irope sweep {grid}` first")
+        where = f" ({root})" if len(roots) > 1 else ""
+        arms += [replace(arm, index=len(arms) + i, label=arm.label + where) for i, arm in enumerate(found)]
+        if left:
+            notes.append(f"{len(left)} cells are not finished and left out{where}: {', '.join(left)}.")
+    return arms, notes
 
 
 def study_arms(study: Study, works: Sequence[Work]) -> tuple[list[Arm], list[str]]:
@@ -89,7 +130,7 @@ def study_arms(study: Study, works: Sequence[Work]) -> tuple[list[Arm], list[str
             if work in done:
                 continue
             left.append(work.cell.name)
-            if is_run(work.directory) and load_run(work.directory).fingerprint != fingerprint(work.experiment):
+            if is_run(work.directory) and not is_of(load_run(work.directory), work):
                 raise RecordError(
                     f"{work.directory}: made with other values than the grid has now; move it away and sweep again"
                 )

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from rich.live import Live
 from rich.table import Table
 
 from irope_jax.core.config import ConfigError, fingerprint
-from irope_jax.core.records import RECORDS_FILE, RecordError, is_run, load_run
+from irope_jax.core.records import RECORDS_FILE, RecordError, Run, is_run, load_run
 from irope_jax.experiment import Experiment, load_config, resolve, run_file
 from irope_jax.launch import PROGRAM, STOPPED, end_with_parent
 from irope_jax.study.grid import Cell, Study
@@ -194,7 +194,15 @@ def is_done(work: Work) -> bool:
         return False  # the cell itself will say what is wrong
     told = (*ENDED, "start", "config_changed")
     last = next((event for event in reversed(run.events) if event.name in told), None)
-    return run.fingerprint == fingerprint(work.experiment) and last is not None and last.name in ENDED
+    return is_of(run, work) and last is not None and last.name in ENDED
+
+
+def is_of(run: Run, work: Work) -> bool:
+    """Whether a run was made with the values of a cell; the folder of all runs may have moved since."""
+    experiment, before = work.experiment, run.config.get("train", {}).get("init_from")
+    if work.cell.starts_from and str(before).endswith(f"/{work.cell.starts_from}"):
+        experiment = replace(experiment, train=replace(experiment.train, init_from=before))
+    return run.fingerprint == fingerprint(experiment)
 
 
 def _state(work: Work) -> str:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -199,9 +200,41 @@ def test_a_sweep_that_trains_and_its_report(tmp_path, monkeypatch, capfd):
     assert page.startswith("# q\n\n**Predicted.** p\n\n**Verdict.** Not given yet.")
     assert "4 cells are not finished and left out: start/seed=0, arm/seed=0" in page and "irope sweep grid.py" in page
     assert Path("report.html").is_file()
+    _comparisons()
     (tmp_path / "grid.py").write_text(GRID.replace('"train.steps": 4', '"train.steps": 5'))
     assert not any(sweep.is_done(work) for work in works() if work.cell.arm == "arm")
     assert cli.main(["report", "."]) == 1
     assert "arm/seed=1: made with other values than the grid has now" in capfd.readouterr().err
     assert cli.main(["sweep", "grid.py", "--only=arm/seed=1"]) == 1
     assert "train.steps: 4 -> 5" in Path("runs/s/logs/arm.seed=1.log").read_text()
+
+
+def _comparisons():
+    """The same study of another commit, and another study, on one page."""
+    shutil.copytree("runs/s", "before/s")
+    assert cli.main(["report", "grid.py", "--beside=before/s", "--out=two"]) == 0
+    page = Path("two/report.md").read_text()
+    assert "| start (runs/s) |" in page and "| start (before/s) |" in page and "--beside=before/s --out=two" in page
+    Path("other").mkdir()
+    Path("other/grid.py").write_text(GRID.replace('name="s", question="q"', 'name="t", question="why"'))
+    shutil.copy("tiny.json", "other")
+    assert cli.main(["report", "grid.py", "other", "--out=both"]) == 1  # t was not run
+    assert cli.main(["sweep", "other", "--only=start/seed=1"]) == 0
+    assert cli.main(["report", "grid.py", "other", "--out=both"]) == 0
+    page = Path("both/report.md").read_text()
+    assert page.startswith("# q / why") and "| s/start |" in page and "| t/start |" in page
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["grid.py", "--beside=x"], "--out.*no study's own page"),
+        (["grid.py", "grid.py"], "--out.*several studies"),
+        (["grid.py", "grid.py", "--out=o", "--beside=x"], "--beside.*one study"),
+        (["grid.py", "runs/s"], "RUN.*not reported with run directories"),
+        (["runs/s", "--beside=x"], "--beside.*belongs to a study"),
+    ],
+)
+def test_what_cannot_be_compared_is_said(place, capsys, words, said):
+    assert cli.main(["report", *words]) == 2
+    assert re.search(said, capsys.readouterr().err)
