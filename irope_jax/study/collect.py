@@ -65,6 +65,11 @@ class Arm:
         return done[-1] if done else None
 
     @property
+    def untrained(self) -> bool:
+        """Whether it was evaluated only (`irope eval` of a config), with weights of its start or fresh ones."""
+        return not self.run.train and any(event.name == "evaluated" for event in self.run.events)
+
+    @property
     def finished(self) -> bool:
         return self.planned_steps is not None and self.run.last_step >= self.planned_steps
 
@@ -282,7 +287,9 @@ def missing(arms: Iterable[Arm]) -> list[str]:
     arms, notes = list(arms), []
     for arm in arms:
         step, planned = arm.run.last_step, arm.planned_steps
-        if not arm.run.train:
+        if arm.untrained:
+            pass
+        elif not arm.run.train:
             notes.append(f"{arm.label}: recorded no training step.")
         elif planned is None and lookup(arm.run.config, "stages"):
             notes.append(f"{arm.label}: not finished, stopped at step {step:,}.")

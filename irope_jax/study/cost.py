@@ -15,7 +15,7 @@ from pathlib import Path
 
 from irope_jax.study import plots
 from irope_jax.study.collect import Arm, measured
-from irope_jax.study.tables import ABSENT, Table
+from irope_jax.study.tables import ABSENT, Table, three_digits
 
 MEASURES = (
     ("prefill_seconds", "reading the text, s", 1.0),
@@ -45,7 +45,8 @@ def cost_tables(arms: Sequence[Arm]) -> list[Table]:
         found = costs(arms, name)
         lengths = sorted({length for own in found.values() for length in own})
         rows = tuple(
-            (line, *(f"{own[n] / unit:,.3g}" if n in own else ABSENT for n in lengths)) for line, own in found.items()
+            (line, *(three_digits(own[n] / unit) if n in own else ABSENT for n in lengths))
+            for line, own in found.items()
         )
         if rows:
             tables.append(Table(title[0].upper() + title[1:], ("tokens", *(f"{n:,}" for n in lengths)), rows))

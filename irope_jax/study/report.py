@@ -301,6 +301,8 @@ def _attention(arms: Sequence[Arm], out: Path) -> str:
 
 
 def _training(arms: Sequence[Arm], out: Path) -> str:
+    if all(arm.untrained for arm in arms):
+        return ""
     text = ["## Training"]
     path = plots.loss_curves(arms, out / "loss_curves.png")
     if path is None:

@@ -118,7 +118,11 @@ def runs_table(arms: Sequence[Arm]) -> Table:
                 " ".join(filter(None, how)) or ABSENT,
                 f"{parameters:,}" if parameters is not None else ABSENT,
                 f"{arm.training_length:,}" if arm.training_length else ABSENT,
-                f"{done:,}" if planned in (None, done) else f"{done:,} of {planned:,}",
+                "evaluated"
+                if arm.untrained
+                else f"{done:,}"
+                if planned in (None, done)
+                else f"{done:,} of {planned:,}",
                 f"`{arm.run.fingerprint}`",
             )
         )
@@ -188,6 +192,11 @@ def quantity(value: float) -> str:
         if value >= size:
             return f"{value / size:.3g} {prefix}"
     return f"{value:.3g} "
+
+
+def three_digits(value: float) -> str:
+    """0.00123, 12.3, 1,234: three digits, or all before the point."""
+    return f"{value:,.0f}" if abs(value) >= 999.5 else f"{value:.3g}"
 
 
 def times(multiple: float) -> str:

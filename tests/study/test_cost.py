@@ -38,4 +38,16 @@ def test_the_page_has_the_figure_and_no_empty_sections(tmp_path):
     page = write_report([make_run(tmp_path, "a", ("iRoPE", "all RoPE"))], tmp_path / "out").read_text()
     assert "(cost_by_length.png)" in page and (tmp_path / "out" / "cost_by_length.png").stat().st_size > 10_000
     assert "Not measured" not in page and "no result to show" not in page and "was not measured" not in page
+    assert "No loss was recorded" in page  # a run that should have trained
     assert cost_by_length(load_arms([make_run(tmp_path, "none", ())]), tmp_path / "none.png") is None
+
+
+def test_what_was_only_evaluated_misses_no_training(tmp_path):
+    run = make_run(tmp_path, "a", ("iRoPE",))
+    with RunWriter(run, {"name": "a", "evals": [], "train": {"steps": 9}}, "a", tensorboard=False,
+                   on_config_change="accept") as w:  # fmt: skip
+        w.measure(0, "iRoPE", "prefill_seconds", 1234.5, 1, {"length": LENGTHS[0]})
+        w.event(0, "evaluated")
+    page = write_report([run], tmp_path / "out").read_text()
+    assert "training step" not in page and "Training" not in page and "| evaluated |" in page
+    assert "| 1,234 |" in page or "| 1,235 |" in page
