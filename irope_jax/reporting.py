@@ -121,8 +121,9 @@ def study_arms(study: Study, works: Sequence[Work]) -> tuple[list[Arm], list[str
     """
     starts = {cell.starts_from for cell in study.cells}
     arms, left = [], []
-    for label in dict.fromkeys(work.cell.arm for work in works):
-        mine = [work for work in works if work.cell.arm == label]
+    labels = study.labels()
+    for arm in dict.fromkeys(work.cell.arm for work in works):
+        mine = [work for work in works if work.cell.arm == arm]
         if all(work.cell.name in starts and not work.experiment.evals for work in mine):
             continue
         done = [work for work in mine if is_done(work)]
@@ -136,7 +137,7 @@ def study_arms(study: Study, works: Sequence[Work]) -> tuple[list[Arm], list[str
                 )
         if done:
             runs = [load_run(work.directory) for work in done]
-            arms.append(pooled_arm(len(arms), label, runs, done[0].experiment.description))
+            arms.append(pooled_arm(len(arms), labels[arm], runs, done[0].experiment.description))
     return arms, left
 
 

@@ -66,8 +66,8 @@ STARTS = Axis(
 
 def cell(name: str, temperature: dict | None, **more) -> Cell:
     overrides = {"model.pattern": parts.irope(temperature=temperature), "evals": EVALS, "description": name}
-    label = name.replace(", ", "-").replace(" ", "_").replace("'", "")
-    return Cell(name=label, overrides=overrides | more.pop("overrides", {}), **more)
+    plain = name.replace(", ", "-").replace(" ", "_").replace("'", "")
+    return Cell(name=plain, label=name, overrides=overrides | more.pop("overrides", {}), **more)
 
 
 def get_study() -> Study:

@@ -195,6 +195,7 @@ def get_study(scale: str = "laptop") -> Study:
     arms = [
         Cell(
             name=name.replace(", ", "-").replace(" ", "_"),
+            label=name,
             config=f"{QUICKSTART}:rope",
             overrides={**made["overrides"], "description": name},
             starts_from="start",

@@ -35,6 +35,7 @@ class Cell:
       overrides: plain values by dotted path of the config, as `--config.a.b=VALUE` would set them.
       arm: what several cells have in common that differ in their seed only: reports take means over an arm. By default
         the name without its seed.
+      label: what reports call the arm; its name by default.
       starts_from: name of the cell whose trained weights this one begins with; it is run after that one.
       tags: to choose cells by, beside their names.
       verb: `eval` for a config that trains nothing.
@@ -44,6 +45,7 @@ class Cell:
     config: str
     overrides: Mapping[str, Any] = field(default_factory=dict)
     arm: str = ""
+    label: str = ""
     starts_from: str = ""
     tags: tuple[str, ...] = ()
     verb: Literal["train", "eval"] = "train"
@@ -90,6 +92,10 @@ class Study:
             seen.add(cell.name)
         if not self.cells:
             raise ConfigError("study.cells", (), "a study has at least one cell")
+
+    def labels(self) -> dict[str, str]:
+        """What reports call each arm."""
+        return {cell.arm: cell.label or cell.arm for cell in self.cells}
 
     @property
     def arms(self) -> tuple[str, ...]:
@@ -174,7 +180,7 @@ def _varied(cells: Iterable[Cell], labels: Sequence[tuple[str, ...]], axes: Sequ
                 overrides |= changes
             start = cell.starts_from + (suffix if cell.starts_from in own else "")
             others = "".join(f"/{part}" for part, _ in applied if not part.startswith("seed="))
-            found.append(
-                replace(cell, name=cell.name + suffix, overrides=overrides, arm=cell.arm + others, starts_from=start)
-            )
+            label = cell.label and ", ".join([cell.label, *others.split("/")[1:]])
+            made = {"name": cell.name + suffix, "arm": cell.arm + others, "label": label}
+            found.append(replace(cell, **made, overrides=overrides, starts_from=start))
     return tuple(found)

@@ -111,7 +111,8 @@ def runs_table(arms: Sequence[Arm]) -> Table:
         origin = lookup(arm.run.config, "train", "init_from")
         others = f" (of the first of {len(arm.seeds)} seeds; the others from their own)" if arm.seeds else ""
         start = f"Started from the parameters of `{origin}`{others}." if origin else None
-        how = [arm.run.config.get("description"), start]
+        description = arm.run.config.get("description")
+        how = [description if description != arm.label else None, start]
         rows.append(
             (
                 arm.label,

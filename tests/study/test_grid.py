@@ -39,6 +39,14 @@ def test_ways_without_a_name_are_called_by_their_label():
     assert (cell.name, cell.arm) == ("x/pi", "x/pi")
 
 
+def test_labels_say_what_was_varied_and_no_seeds():
+    cells = product([Cell(name="irope", config="a.py", label="iRoPE")], axis("chunk", (16, 32), "c"), seeds(2))
+    plain = Cell(name="rope", config="a.py")
+    assert study(*cells, plain).labels() == {
+        "irope/chunk=16": "iRoPE, chunk=16", "irope/chunk=32": "iRoPE, chunk=32", "rope": "rope",
+    }  # fmt: skip
+
+
 def test_a_chain_starts_each_from_the_one_before():
     cells = chained(*(Cell(name=name, config="a.py") for name in "abc"))
     assert [cell.starts_from for cell in cells] == ["", "a", "b"]
