@@ -51,17 +51,18 @@ TRAINED = {
 }
 """After 300 more steps at 128 tokens. Llama 4 has 0.1 and steps of its chunk, here 32 tokens."""
 
-STARTS = Axis(
-    "seed",
-    {
-        str(seed): {
-            "seed": seed,
-            "data.seed": seed,
-            "train.init_from": f"runs/what_irope_buys/start/seed={seed}",
-        }
-        for seed in range(3)
-    },
-)
+FAR = {
+    "log-n, to a million": log_floor(SCALE),
+    "twice log-n, to a million": log_floor(2 * SCALE),
+    "four times log-n, to a million": log_floor(4 * SCALE),
+}
+"""iRoPE arms of `what_irope_buys`, asked what they are asked there with 64 facts; added after the others were seen."""
+
+
+def seeds_from(arm: str) -> Axis:
+    """Three seeds, each with the weights of an arm of `what_irope_buys`."""
+    values = lambda n: {"seed": n, "data.seed": n, "train.init_from": f"runs/what_irope_buys/{arm}/seed={n}"}
+    return Axis("seed", {str(n): values(n) for n in range(3)})
 
 
 def cell(name: str, temperature: dict | None, **more) -> Cell:
@@ -76,6 +77,10 @@ def get_study() -> Study:
     trained = [
         cell(n, t, config=f"{QUICKSTART}:rope", overrides=mixture, tags=("trained",)) for n, t in TRAINED.items()
     ]
+    far = {"evals": (parts.retrieval("64 facts, far", 64, 64, (64, 1024, 8192)),)}
+    million = [
+        cell(n, t, config=f"{QUICKSTART}:irope", verb="eval", overrides=far, tags=("million",)) for n, t in FAR.items()
+    ]
     return Study(
         name="temperature_by_length",
         question="Which temperature carries a layer without positions how far beyond its training length?",
@@ -84,5 +89,5 @@ def get_study() -> Study:
         "times; twice of it costs nothing that 512 questions show; four times begins to. Steps that begin later "
         "(1,024, 8,192 tokens) lose what lies before their first. Llama 4's factor 0.1 is half of log-n and breaks "
         "like it. SSMax equals log-n.",
-        cells=product([*asked, *trained], STARTS),
+        cells=(*product([*asked, *trained], seeds_from("start")), *product(million, seeds_from("iRoPE"))),
     )
