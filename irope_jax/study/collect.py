@@ -224,9 +224,16 @@ def retrieval(arm: Arm, facts: Facts = "all", keys: Sequence[str] = ("length",),
     return [replace(cell, spread=spreads[tuple(cell.where.values())]) for cell in of(arm)]
 
 
+def together(arms: Sequence[Arm], kind: str) -> list[Arm]:
+    """Arms that one table may hold: where the evaluation called like its kind speaks for some, those with others go."""
+    speaks = [next(iter(arm.evaluations(kind)), None) for arm in arms]
+    return [arm for arm, name in zip(arms, speaks, strict=True) if kind not in speaks or name in (None, kind)]
+
+
 def further(arms: Sequence[Arm], kind: str) -> list[tuple[str, list[Arm]]]:
-    """Evaluations of a kind beside the one that speaks for a run: their names, and arms for which each does so."""
-    names = dict.fromkeys(name for arm in arms for name in arm.evaluations(kind)[1:])
+    """Evaluations of a kind beside those that `together` shows: their names, and arms for which each speaks."""
+    shown = {arm.label for arm in together(arms, kind)}
+    names = dict.fromkeys(name for arm in arms for name in arm.evaluations(kind)[arm.label in shown :])
     return [(name, [_only(arm, kind, name) for arm in arms if name in arm.evaluations(kind)]) for name in names]
 
 

@@ -23,6 +23,7 @@ from irope_jax.study.collect import (
     nll_by_position,
     retrieval,
     smooth,
+    together,
 )
 from irope_jax.study.tables import times
 
@@ -61,7 +62,7 @@ def retrieval_by_length(arms: Sequence[Arm], path: Path, facts: Facts = "all") -
         return None
     figure, axis = pyplot().subplots(figsize=(WIDTH, 3.9))
     _draw_retrieval(axis, arms, facts)
-    legend_above(figure, [axis], arms)
+    legend_above(figure, [axis], together(arms, "retrieval"))
     return save_figure(figure, path)
 
 
@@ -108,7 +109,7 @@ def loss_curves(arms: Sequence[Arm], path: Path) -> Path | None:
 
 def heat_maps(arms: Sequence[Arm], path: Path, facts: Facts = "all") -> Path | None:
     """Accuracy by context length and depth of the fact: one map per run, one colour scale for all."""
-    maps = [(arm, retrieval(arm, facts, ("length", "depth"))) for arm in arms]
+    maps = [(arm, retrieval(arm, facts, ("length", "depth"))) for arm in together(arms, "retrieval")]
     maps = [(arm, arm.label, cells) for arm, cells in maps if cells]
     return draw_maps(maps, path, "retrieval accuracy") if maps else None
 
@@ -169,6 +170,7 @@ def draw_maps(maps: Sequence[tuple[Arm, str, Sequence[Cell]]], path: Path, what:
 
 
 def _draw_retrieval(axis, arms: Sequence[Arm], facts: Facts = "all") -> None:
+    arms = together(arms, "retrieval")
     relative = in_multiples(arms)
     ticks: dict[float, None] = {}
     for arm in arms:

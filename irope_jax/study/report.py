@@ -18,7 +18,7 @@ import irope_jax
 from irope_jax.core.records import RecordError
 from irope_jax.study import attention_plots, plots, tables, task_plots
 from irope_jax.study.attention import attention_table
-from irope_jax.study.collect import Arm, further, load_arms, missing, nll_by_position, retrieval
+from irope_jax.study.collect import Arm, further, load_arms, missing, nll_by_position, retrieval, together
 from irope_jax.study.cost import cost_by_length, cost_tables
 from irope_jax.study.goodput import goodput_table
 from irope_jax.study.html import write_html
@@ -179,7 +179,8 @@ def _retrieval(arms: Sequence[Arm], out: Path) -> str:
     found = [table for table in _retrieval_tables(arms) if table is not None]
     if not found:
         return "" if any(arm.run.evals for arm in arms) else "## Retrieval\n\nNot measured."
-    asked = {arm.label: [cell.count for cell in retrieval(arm)] for arm in arms}
+    shown = together(arms, "retrieval")
+    asked = {arm.label: [cell.count for cell in retrieval(arm)] for arm in shown}
     counts = [f"{label} {min(n):,}" + (f" to {max(n):,}" if max(n) > min(n) else "") for label, n in asked.items() if n]
     intro = (
         "Facts are placed over the whole context and asked for at its end. Columns are context lengths, in multiples "

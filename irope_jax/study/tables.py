@@ -21,6 +21,7 @@ from irope_jax.study.collect import (
     nll_by_length,
     nll_by_position,
     retrieval,
+    together,
 )
 
 ABSENT = "–"
@@ -68,6 +69,7 @@ def retrieval_table(
 
     `about` names the evaluation where a run has several.
     """
+    arms = together(arms, "retrieval")
     found = {arm.label: retrieval(arm, facts) for arm in arms}
     which = {
         "all": "all facts",

@@ -7,6 +7,7 @@ import pytest
 from irope_jax.core.records import Measurement, RecordError, RunWriter
 from irope_jax.study import collect
 from irope_jax.study.collect import aggregate, load_arms, smooth, wilson
+from irope_jax.study.tables import retrieval_table
 from tests.study.fake_runs import make_run
 
 
@@ -90,6 +91,20 @@ def test_an_evaluation_of_another_name_is_found_by_its_kind(tmp_path):
         w.measure(1, "retrieval", "accuracy", 0.5, 10, {"length": 8})
     (arm,) = load_arms([tmp_path])
     assert [c.value for c in collect.retrieval(arm)] == [0.5]
+
+
+def test_another_evaluation_is_not_shown_among_those_called_retrieval(tmp_path):
+    spec = lambda *names: [{"kind": "retrieval", "name": name} for name in names]
+    for run, names in (("a", ("retrieval", "far")), ("b", ("far",))):
+        config = {"name": run, "data": {"seq_len": 8}, "evals": spec(*names)}
+        with RunWriter(tmp_path / run, config, run, tensorboard=False) as w:
+            for name in names:
+                w.measure(1, name, "accuracy", 0.5 if name == "far" else 0.9, 10, {"length": 8})
+    a, b = arms = load_arms([tmp_path / "a", tmp_path / "b"])
+    assert collect.together(arms, "retrieval") == [a] and collect.together([b], "retrieval") == [b]
+    assert [row[0] for row in retrieval_table(arms).rows] == ["a"]
+    ((name, own),) = collect.further(arms, "retrieval")
+    assert name == "far" and [[c.value for c in collect.retrieval(arm)] for arm in own] == [[0.5], [0.5]]
 
 
 def test_loss_by_position_is_that_of_the_longest_context(tmp_path):
