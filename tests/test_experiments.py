@@ -6,6 +6,10 @@ import math
 import shutil
 from pathlib import Path
 
+import pytest
+
+from irope_jax.sweep import load_study, work_of
+
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 
 
@@ -31,3 +35,26 @@ def test_the_report_of_rope_extension_is_made_of_its_results(tmp_path, monkeypat
         cells = [f"{math.exp(bucket['nll']):.1f}" for bucket in row["buckets"]]
         assert f"| {extend.NAMES[method]} | {' | '.join(cells)} |" in made
     assert (tmp_path / "perplexity_x2.png").stat().st_size > 10_000
+
+
+GRIDS = [(grid.parent.name, None) for grid in sorted(EXPERIMENTS.glob("*/grid.py"))]
+
+
+@pytest.mark.parametrize("name, scale", [*GRIDS, ("what_irope_buys", "smoke"), ("what_irope_buys", "large")])
+def test_every_cell_of_a_grid_resolves(name, scale):
+    study = load_study(EXPERIMENTS / name, scale)
+    assert study.question and study.prediction and len(study.cells) > 0
+    for cell in study.cells:
+        if cell.seed in ("", "seed=0"):
+            work_of(cell, EXPERIMENTS / name, Path("runs") / study.name, study)
+
+
+def test_a_larger_scale_stretches_every_number_of_tokens():
+    of = lambda study: work_of(study.cell("iRoPE/seed=0"), EXPERIMENTS / "what_irope_buys", Path("runs/s"), study)
+    small, large = (of(load_study(EXPERIMENTS / "what_irope_buys", scale)).experiment for scale in ("laptop", "large"))
+    assert (small.data.seq_len, large.data.seq_len) == (128, 8192)
+    chunks = [layer.mask.size for layer in large.model.pattern[:3]]
+    assert chunks == [64 * layer.mask.size for layer in small.model.pattern[:3]]
+    last = large.model.pattern[3].temperature
+    assert last.floor_scale == 8192 and math.isclose(last.attn_scale, 1 / math.log(8192))
+    assert large.evals[0].lengths == tuple(64 * n for n in small.evals[0].lengths)
