@@ -18,6 +18,7 @@ from irope_jax.core.numerics import shape_difference
 from irope_jax.model.config import ModelConfig
 from irope_jax.model.cost import abstract_params
 from irope_jax.model.decoder import init_params, restack
+from irope_jax.position.temperature import is_learned
 from irope_jax.sharding.rules import tree_shardings
 from irope_jax.train.optimizer import Optimizer
 from irope_jax.train.placement import placed
@@ -175,8 +176,9 @@ def params_for(
             "use a run with the same parameters, or the model it was trained with"
         )
     params, step = load_params(run_directory, trained, mesh, step, weights, for_decoding=for_decoding)
-    if [layer.temperature for layer in trained.period] == [layer.temperature for layer in config.period]:
-        return params, step
+    learned = ([is_learned(layer.temperature) for layer in model.period] for model in (trained, config))
+    if next(learned) == next(learned):
+        return params, step  # restack changes nothing
     places = tree_shardings(boxed, mesh, whole_along_context=for_decoding)
     return jax.jit(move, out_shardings=places)(params), step
 
