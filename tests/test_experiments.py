@@ -6,6 +6,7 @@ import math
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from irope_jax.sweep import load_study, work_of
@@ -35,6 +36,35 @@ def test_the_report_of_rope_extension_is_made_of_its_results(tmp_path, monkeypat
         cells = [f"{math.exp(bucket['nll']):.1f}" for bucket in row["buckets"]]
         assert f"| {extend.NAMES[method]} | {' | '.join(cells)} |" in made
     assert (tmp_path / "perplexity_x2.png").stat().st_size > 10_000
+
+
+def test_the_report_of_gaussian_spans_is_made_of_its_results(tmp_path, monkeypatch):
+    folder = EXPERIMENTS / "gaussian_spans"
+    shutil.copyfile(folder / "results.jsonl", tmp_path / "results.jsonl")
+    spans = script(folder / "spans.py")
+    monkeypatch.setattr(spans, "HERE", tmp_path)
+    monkeypatch.setattr(spans, "RESULTS", tmp_path / "results.jsonl")
+    spans.report()
+    assert (tmp_path / "report.md").read_text() == (folder / "report.md").read_text()
+    assert (tmp_path / "divergence.png").stat().st_size > 10_000
+
+
+def test_a_span_is_the_mean_of_its_tokens_where_its_way_says():
+    spans = script(EXPERIMENTS / "gaussian_spans" / "spans.py")
+    tokens = np.arange(512, dtype=np.int32)[None] % 7
+    table = np.eye(7, 4, dtype=np.float32)
+    longer, ids, info = spans.entries("gaussian", 8, tokens, table)
+    assert ids.shape == (1, 4 + 48 + 124) and longer.shape == (7 + 48, 4)
+    np.testing.assert_allclose(longer[ids[0, 4]], table[tokens[0, 4:12]].mean(axis=0))
+    assert (info.positions[0, 4], info.offsets[0, 4]) == (7, 0.5)  # the centre of 4 … 11
+    assert math.isclose(info.spreads[0, 4], (63 / 12) ** 0.5, rel_tol=1e-6) and info.spreads[0, 0] == 0
+    assert spans.entries("centre", 8, tokens, table)[2].spreads is None
+    _, ids, info = spans.entries("copies", 8, tokens, table)
+    assert ids.shape == (1, 512) and ids[0, 4] == ids[0, 11] == 7 and list(info.positions[0]) == list(range(512))
+    _, ids, info = spans.entries("nothing", 8, tokens, table)
+    assert list(info.positions[0]) == [0, 1, 2, 3, *range(388, 512)]
+    _, ids, info = spans.entries("middle", 8, tokens, table)
+    assert (ids[0, 4], info.positions[0, 4]) == (tokens[0, 8], 8)
 
 
 GRIDS = [(grid.parent.name, None) for grid in sorted(EXPERIMENTS.glob("*/grid.py"))]

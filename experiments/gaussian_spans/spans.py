@@ -164,7 +164,7 @@ def report() -> None:
     axis.set(xscale="log", xlabel="tokens a span", ylabel="divergence from reading all (nats a token)", ylim=(0, None))
     axis.set_xticks(widths, map(str, widths))
     axis.minorticks_off()
-    axis.legend(fontsize=7)
+    axis.legend(fontsize=7, frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     plots.save_figure(figure, HERE / "divergence.png")
     print(f"report: {HERE / 'report.md'}")
 
@@ -172,7 +172,7 @@ def report() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--checkpoint", default="assets/smollm2-135m", help="run directory of a RoPE model")
-    parser.add_argument("--texts", type=int, default=16, help="how many texts")
+    parser.add_argument("--texts", type=int, default=8, help="how many texts (default: 8)")
     parser.add_argument("--report-only", action="store_true", help="make report.md and the picture from results.jsonl")
     args = parser.parse_args()
     if not args.report_only:
