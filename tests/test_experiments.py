@@ -80,11 +80,15 @@ def test_every_cell_of_a_grid_resolves(name, scale):
 
 
 def test_a_larger_scale_stretches_every_number_of_tokens():
-    of = lambda study: work_of(study.cell("iRoPE/seed=0"), EXPERIMENTS / "what_irope_buys", Path("runs/s"), study)
-    small, large = (of(load_study(EXPERIMENTS / "what_irope_buys", scale)).experiment for scale in ("laptop", "large"))
+    folder = EXPERIMENTS / "what_irope_buys"
+    of = lambda study, arm: work_of(study.cell(f"{arm}/seed=0"), folder, Path("runs/s"), study).experiment
+    studies = [load_study(folder, scale) for scale in ("laptop", "large")]
+    small, large = (of(study, "iRoPE") for study in studies)
     assert (small.data.seq_len, large.data.seq_len) == (128, 8192)
     chunks = [layer.mask.size for layer in large.model.pattern[:3]]
     assert chunks == [64 * layer.mask.size for layer in small.model.pattern[:3]]
     last = large.model.pattern[3].temperature
     assert last.floor_scale == 8192 and math.isclose(last.attn_scale, 1 / math.log(8192))
+    near, far = (of(study, "randomised_positions").data.positions.limit for study in studies)
+    assert far == 64 * near
     assert large.evals[0].lengths == tuple(64 * n for n in small.evals[0].lengths)

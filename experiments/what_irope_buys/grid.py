@@ -133,6 +133,9 @@ class Scale:
         length = self.stretch * (SHORT if kind == "lesson" else LENGTH)
         pattern = overrides.get("model.pattern") or (lesson_layers() if kind == "lesson" else irope())
         overrides |= {"model.pattern": tuple(self._layer(one) for one in pattern), "data.seq_len": length}
+        if "data.positions" in overrides:
+            positions = overrides["data.positions"]
+            overrides["data.positions"] = positions | {"limit": positions["limit"] * self.stretch}
         overrides["evals"] = tuple(one for one in map(self._evaluation, overrides["evals"]) if one["lengths"])
         return replace(cell, overrides=overrides)
 
