@@ -92,6 +92,12 @@ class Study:
             seen.add(cell.name)
         if not self.cells:
             raise ConfigError("study.cells", (), "a study has at least one cell")
+        by_label: dict[str, str] = {}
+        for arm, label in self.labels().items():
+            if (other := by_label.setdefault(label, arm)) != arm:
+                raise ConfigError(
+                    "cell.label", label, f"the arms {other} and {arm} are both called so; tell them apart"
+                )
 
     def labels(self) -> dict[str, str]:
         """What reports call each arm."""

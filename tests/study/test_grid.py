@@ -68,6 +68,7 @@ def test_a_choice_brings_what_it_starts_from():
     [
         ([Cell(name="a", config="x.py")] * 2, "two cells have this name"),
         ([Cell(name="a", config="x.py", starts_from="b"), Cell(name="b", config="x.py")], "does not come before"),
+        ([Cell(name="a", config="x.py", label="c"), Cell(name="c", config="x.py")], "arms a and c are both called so"),
         ([], "at least one cell"),
     ],
 )
