@@ -143,12 +143,11 @@ def test_init_from_starts_with_the_parameters_of_another_run_and_nothing_else_of
 def test_init_from_other_parameters_names_the_first_that_differs(tmp_path, whole):
     start = ("train.init_from", str(whole[0]))
     for change, message in (
-        (("model.pattern.1.temperature.kind", "ssmax"), "has nothing at periods/layer_1/attention/temperature"),
+        (("model.pattern.1.qk_norm", "learned"), "has nothing at periods/layer_1/attention/key_norm"),
         (("model.head_dim", "10"), r"shape \(1, 16, 2, 8\) at periods/layer_0/attention/key,.* \(1, 16, 2, 10\)"),
     ):
-        more = [("model.pattern.1.temperature.train_length", "32")] if "ssmax" in change else []
         with pytest.raises(CheckpointError, match=message):
-            go(tmp_path, start, change, *more)
+            go(tmp_path, start, change)
 
 
 def test_too_many_steps_that_are_not_finite_stop_the_run(tmp_path):
