@@ -57,16 +57,11 @@ def study_report(grid: Path, args: argparse.Namespace) -> tuple[Path, list[Arm]]
     if len(roots) > 1 and not args.out:
         raise ConfigError("--out", ConfigError.ABSENT, "a comparison is no study's own page; say where to write it")
     arms, notes = _of_roots(grid, study, roots, args.only)
-    command = ["irope", "report", str(grid)] + [f"--only={word}" for word in args.only or ()]
-    command += [f"--scale={args.scale}"] * bool(args.scale)
-    sweep = shlex.join(["irope", "sweep", *command[2:]])
-    if len(roots) > 1:
-        command += [f"--runs={roots[0]}", *(f"--beside={root}" for root in roots[1:]), f"--out={args.out}"]
     page = write_page(
         arms,
         Path(args.out) if args.out else folder_of(grid),
         title=study.question,
-        command=f"{sweep}\n{shlex.join(command)}",
+        command="\n".join(_commands([grid], args)),
         foreword=foreword(study),
         notes=notes,
     )
@@ -91,11 +86,20 @@ def studies_report(grids: Sequence[Path], args: argparse.Namespace) -> tuple[Pat
         arms,
         Path(args.out),
         title=" / ".join(study.question for study in studies),
-        command=shlex.join(["irope", "report", *map(str, grids), f"--out={args.out}"]),
+        command="\n".join(_commands(grids, args)),
         foreword="\n\n".join(f"{study.question}\n\n{foreword(study)}" for study in studies),
         notes=notes,
     )
     return page, arms
+
+
+def _commands(grids: Sequence[Path], args: argparse.Namespace) -> list[str]:
+    """What makes the runs of each study, and the page."""
+    chosen = [f"--only={word}" for word in args.only or ()] + [f"--scale={args.scale}"] * bool(args.scale)
+    runs = [f"--runs={args.runs_in}"] * bool(args.runs_in)
+    swept = [["irope", "sweep", str(grid), *chosen, *(runs if len(grids) == 1 else [])] for grid in grids]
+    beside = [f"--beside={root}" for root in args.beside or ()] + [f"--out={args.out}"] * bool(args.out)
+    return [shlex.join(words) for words in (*swept, ["irope", "report", *map(str, grids), *chosen, *runs, *beside])]
 
 
 def _of_roots(grid: Path, study: Study, roots: Sequence[Path], only: Sequence[str]) -> tuple[list[Arm], list[str]]:

@@ -21,32 +21,38 @@ def script(path: Path):
     return module
 
 
-def test_the_report_of_rope_extension_is_made_of_its_results(tmp_path, monkeypatch):
-    folder = EXPERIMENTS / "rope_extension"
+@pytest.fixture
+def made_again(tmp_path, monkeypatch, request):
+    """The script of an experiment, and the report that it makes of the committed results."""
+    folder, name = EXPERIMENTS / request.param[0], request.param[1]
     shutil.copyfile(folder / "results.jsonl", tmp_path / "results.jsonl")
-    extend = script(folder / "extend.py")
-    monkeypatch.setattr(extend, "HERE", tmp_path)
-    monkeypatch.setattr(extend, "RESULTS", tmp_path / "results.jsonl")
-    extend.report()
+    module = script(folder / name)
+    monkeypatch.setattr(module, "HERE", tmp_path)
+    monkeypatch.setattr(module, "RESULTS", tmp_path / "results.jsonl")
+    module.report()
+    return module, folder
+
+
+@pytest.mark.parametrize(
+    "made_again, picture",
+    [(("rope_extension", "extend.py"), "perplexity_x2.png"), (("gaussian_spans", "spans.py"), "divergence.png")],
+    indirect=["made_again"],
+)
+def test_a_report_is_made_of_its_results(made_again, picture, tmp_path):
+    _, folder = made_again
+    assert (tmp_path / "report.md").read_text() == (folder / "report.md").read_text()
+    assert (tmp_path / picture).stat().st_size > 10_000
+
+
+@pytest.mark.parametrize("made_again", [("rope_extension", "extend.py")], indirect=True)
+def test_rope_extension_s_table_holds_every_method(made_again, tmp_path):
+    extend, _ = made_again
     made = (tmp_path / "report.md").read_text()
-    assert made == (folder / "report.md").read_text()
     rows = {row["method"]: row for row in map(json.loads, (tmp_path / "results.jsonl").read_text().splitlines())}
     assert set(rows) == set(extend.NAMES)
     for method, row in rows.items():
         cells = [f"{math.exp(bucket['nll']):.1f}" for bucket in row["buckets"]]
         assert f"| {extend.NAMES[method]} | {' | '.join(cells)} |" in made
-    assert (tmp_path / "perplexity_x2.png").stat().st_size > 10_000
-
-
-def test_the_report_of_gaussian_spans_is_made_of_its_results(tmp_path, monkeypatch):
-    folder = EXPERIMENTS / "gaussian_spans"
-    shutil.copyfile(folder / "results.jsonl", tmp_path / "results.jsonl")
-    spans = script(folder / "spans.py")
-    monkeypatch.setattr(spans, "HERE", tmp_path)
-    monkeypatch.setattr(spans, "RESULTS", tmp_path / "results.jsonl")
-    spans.report()
-    assert (tmp_path / "report.md").read_text() == (folder / "report.md").read_text()
-    assert (tmp_path / "divergence.png").stat().st_size > 10_000
 
 
 def test_a_span_is_the_mean_of_its_tokens_where_its_way_says():

@@ -23,10 +23,10 @@ def get_study() -> Study:
         verdict="Reading: yes, from 64k on all-RoPE takes 6.2 to 6.8 times as long (150 s against 1,009 s at 256k), "
         "3.6 to 4.1 times below. A token: no, 1.7 to 2.1 times up to 64k, where what does not depend on the "
         "length is most of it, and 2.9 to 3.8 times at 128k and 256k. The cache: 3.3 times at 8k, where "
-        "chunks count, 3.8 at 256k: that chunked layers leave it as it was, as one hears, is wrong. Most "
-        "memory held is the program's own until 64k; at 256k it is 672 MB against 270. One run, with short "
-        "tests beside it now and then; a machine on which a token is bound by reading its cache would have to "
-        "show four times at 256k, or we are wrong about what bounds it here. Published models on real chips: "
-        "experiments/max_context.",
+        "chunks count, 3.8 at 256k: that chunked layers leave it as it was, as one hears, is wrong. The most "
+        "memory held does not follow the length up to 64k in the iRoPE model; at 256k it is 672 MB against "
+        "270. One run, with short tests beside it now and then; a machine on which a token is bound by "
+        "reading its cache would have to show four times at 256k, or we are wrong about what bounds it here. "
+        "Published models on real chips: experiments/max_context.",
         cells=(Cell(name="scaling", config="../../configs/scaling.py", overrides={"name": "scaling"}, verb="eval"),),
     )

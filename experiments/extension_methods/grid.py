@@ -13,7 +13,7 @@ fourth, with windows in the others (arXiv 2504.08719); both with log-n temperatu
 import sys
 from pathlib import Path
 
-from irope_jax.study.grid import Axis, Cell, Study, product
+from irope_jax.study.grid import Cell, Study, plain_name, product, seeds
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from experiments.what_irope_buys import grid as parts
@@ -47,13 +47,6 @@ TRAINED = {
     "trained, DroPE": (parts.LAST,),
     "trained, SWAN": (parts.WINDOW, parts.WINDOW, parts.WINDOW, parts.LAST),
 }
-STARTS = Axis(
-    "seed",
-    {
-        str(seed): {"seed": seed, "data.seed": seed, "train.init_from": f"runs/what_irope_buys/all_RoPE/seed={seed}"}
-        for seed in range(3)
-    },
-)
 LONGER = {
     "data.mixture": parts.TRAINED_ON,
     "data.seq_len": 4 * LENGTH,
@@ -64,8 +57,7 @@ LONGER = {
 
 def cell(name: str, pattern: tuple, **more) -> Cell:
     overrides = {"model.pattern": pattern, "evals": EVALS, "description": name} | more.pop("overrides", {})
-    plain = name.replace(", ", "-").replace(" ", "_")
-    return Cell(name=plain, label=name, config=f"{QUICKSTART}:rope", overrides=overrides, **more)
+    return Cell(name=plain_name(name), label=name, config=f"{QUICKSTART}:rope", overrides=overrides, **more)
 
 
 def get_study() -> Study:
@@ -85,9 +77,9 @@ def get_study() -> Study:
         "times are YaRN (0.977) and Llama 3's rule (0.947) with a factor of 4; dynamic NTK and NTK keep "
         "0.884. PI ruins the model untrained, 0.26 at its own length with a factor of 4. Wrong was that a "
         "factor of 16 costs at the own length: NTK, YaRN and Llama 3 are at 0.996 to 0.999 there. At 16 times "
-        "none reaches 0.9, as predicted: YaRN 0.785 (0.52 to 0.96 by seed), Llama 3 0.592, the others 0.3 and "
-        "less. In loss YaRN's factor of 16 pays 0.1 to 0.2 nats at short lengths, which retrieval does not "
-        "show. Where training for some steps at the new length lifts PI above YaRN, as PI's authors found, we "
-        "would have to say that this grid's first half misjudges it.",
-        cells=product([*asked, *trained], STARTS),
+        "none reaches 0.9, as predicted: YaRN 0.785 (0.52 to 0.96 by seed), Llama 3 0.592, the others 0.32 "
+        "and less. In loss YaRN's factor of 16 pays 0.1 to 0.2 nats at short lengths, which retrieval does "
+        "not show. Where training for some steps at the new length lifts PI above YaRN, as PI's authors "
+        "found, we would have to say that this grid's first half misjudges it.",
+        cells=product([*asked, *trained], seeds(3, init_from="runs/what_irope_buys/all_RoPE")),
     )

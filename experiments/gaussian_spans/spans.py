@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 from pathlib import Path
 
 import jax
@@ -26,6 +25,7 @@ from irope_jax.experiment import resolve, run_config
 from irope_jax.model.decoder import hidden_states
 from irope_jax.sharding.mesh import MeshConfig, make_mesh
 from irope_jax.study import plots
+from irope_jax.study.rows import add_row, read_rows
 from irope_jax.train.state import load_params
 
 HERE = Path(__file__).parent
@@ -87,12 +87,6 @@ def blurred(model, blur: str):
     return dataclasses.replace(model, pattern=tuple(layers))
 
 
-def read_results() -> list[dict]:
-    if not RESULTS.exists():
-        return []
-    return [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-
-
 def measure(args: argparse.Namespace) -> None:
     run = Path(args.checkpoint)
     experiment = resolve(run_config(run))
@@ -106,7 +100,7 @@ def measure(args: argparse.Namespace) -> None:
         whole = says(model, params, table, tokens, TokenInfo.single(len(tokens), 512), size)
         target = tokens[:, -LAST + 1 :, None]
         loss = lambda logp: -np.take_along_axis(logp[:, :-1], target, axis=2).mean()
-        done = {(row["way"], row["width"]) for row in read_results()}
+        done = {(row["way"], row["width"]) for row in read_rows(RESULTS)}
         for width in WIDTHS:
             for way in WAYS:
                 if (way, width) in done:
@@ -124,14 +118,13 @@ def measure(args: argparse.Namespace) -> None:
                     "loss": round(float(loss(found)), 4),
                     "loss_of_all": round(float(loss(whole)), 4),
                 }
-                with RESULTS.open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
+                add_row(RESULTS, row)
                 print(row, flush=True)
 
 
 def report() -> None:
     """report.md and the picture."""
-    rows = {(row["way"], row["width"]): row for row in read_results()}
+    rows = {(row["way"], row["width"]): row for row in read_rows(RESULTS)}
     widths = sorted({width for _, width in rows})
     some = next(iter(rows.values()))
     lines = [

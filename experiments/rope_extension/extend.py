@@ -28,6 +28,7 @@ from irope_jax.experiment import resolve, run_config
 from irope_jax.position.scaling import NTK, DynamicNTK, Linear, LongRoPE, Unscaled, YaRN
 from irope_jax.sharding.mesh import MeshConfig, make_mesh
 from irope_jax.study import plots
+from irope_jax.study.rows import add_row, read_rows
 from irope_jax.train.state import load_params
 
 HERE = Path(__file__).parent
@@ -58,18 +59,12 @@ def scaling_of(method: str, times: int, original: int, factors: Path):
     }[method]
 
 
-def read_results() -> list[dict]:
-    if not RESULTS.exists():
-        return []
-    return [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-
-
 def measure(args: argparse.Namespace) -> None:
     run = Path(args.checkpoint)
     experiment = resolve(run_config(run))
     length = args.times * args.original_length
     mesh = make_mesh(MeshConfig(), jax.devices()[:1])
-    done = {(row["method"], row["times"]) for row in read_results()}
+    done = {(row["method"], row["times"]) for row in read_rows(RESULTS)}
     spec = Perplexity(source=Corpus("test"), lengths=(length,), tokens=length, batch_tokens=length, bucket=BUCKET)
     with jax.set_mesh(mesh):
         params, _ = load_params(run, experiment.model, mesh)
@@ -80,8 +75,7 @@ def measure(args: argparse.Namespace) -> None:
             found = [m for m in spec.build(model, experiment.data.tokenizer).run(params) if m.name == "nll_by_position"]
             buckets = [{"from": m.where["from"], "to": m.where["to"], "nll": m.value, "count": m.count} for m in found]
             row = {"method": method, "times": args.times, "length": length, "buckets": buckets}
-            with RESULTS.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            add_row(RESULTS, row)
             print(method, *(f"{math.exp(b['nll']):.2f}" for b in buckets), flush=True)
 
 
@@ -94,7 +88,7 @@ def report() -> None:
         "position of one pass over *Moby-Dick*: compare along a column, which is the same text for every method;",
         "columns differ in text. Made by `python experiments/rope_extension/extend.py`.",
     ]
-    rows = read_results()
+    rows = read_rows(RESULTS)
     for times in sorted({row["times"] for row in rows}):
         here = sorted((r for r in rows if r["times"] == times), key=lambda r: list(NAMES).index(r["method"]))
         heads = [f"{b['from'] // 1024}k-{b['to'] // 1024}k" for b in here[0]["buckets"]]

@@ -17,11 +17,11 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from irope_jax.study.grid import Cell, Study, product, seeds
+from irope_jax.study.grid import Cell, Study, plain_name, product, seeds
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 sys.path.insert(0, str(CONFIGS))
-from quickstart import FACTS, HELD_OUT, LENGTH, SHORT, get_config  # noqa: E402
+from quickstart import FACTS, HELD_OUT, LENGTH, SHORT, get_config, layers  # noqa: E402
 
 QUICKSTART = "../../configs/quickstart.py"
 FFN = dict(kind="swiglu", hidden_dim=128)
@@ -104,7 +104,7 @@ ARMS = {
 
 # ---- scales ---------------------------------------------------------------------------------------------------------
 
-STEPS = {"lesson": 500, "start": 1200, "arm": 300}
+STEPS = {"lesson": get_config("recall").train.steps, "start": 1200, "arm": get_config("rope").train.steps}
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Scale:
       stretch: everything that is a number of tokens, times this: lengths, chunks, windows, the temperature's floor.
       steps: times those of STEPS.
       times: multiples of the training length that are evaluated, of those above.
-      questions: at most so many.
+      questions, tokens: at most so many of an evaluation.
       changes: of every config, by its path.
     """
 
@@ -123,6 +123,7 @@ class Scale:
     steps: float = 1.0
     times: tuple[int, ...] = (1, 4, 16, 64, 1024, 8192)
     questions: int = 512
+    tokens: int = 131_072
     changes: Mapping[str, Any] = field(default_factory=dict)
 
     def of(self, cell: Cell, kind: str) -> Cell:
@@ -130,9 +131,12 @@ class Scale:
         if self == Scale():
             return cell
         overrides = {**cell.overrides, **self.changes, "train.steps": math.ceil(STEPS[kind] * self.steps)}
-        length = self.stretch * (SHORT if kind == "lesson" else LENGTH)
-        pattern = overrides.get("model.pattern") or (lesson_layers() if kind == "lesson" else irope())
-        overrides |= {"model.pattern": tuple(self._layer(one) for one in pattern), "data.seq_len": length}
+        config, length = ("recall", SHORT) if kind == "lesson" else ("irope", LENGTH)
+        pattern = overrides.get("model.pattern") or layers(config, length)
+        overrides |= {
+            "model.pattern": tuple(self._layer(one) for one in pattern),
+            "data.seq_len": length * self.stretch,
+        }
         if "data.positions" in overrides:
             positions = overrides["data.positions"]
             overrides["data.positions"] = positions | {"limit": positions["limit"] * self.stretch}
@@ -154,16 +158,14 @@ class Scale:
 
     def _evaluation(self, spec: dict) -> dict:
         lengths = [n * self.stretch for n in spec["lengths"] if n // LENGTH in self.times]
-        most = {name: min(spec[name], limit) for name, limit in self._limits() if name in spec}
+        limits = {"queries": self.questions, "tokens": self.tokens}
+        most = {name: min(spec[name], limit) for name, limit in limits.items() if name in spec}
         return {**spec, **most, "lengths": tuple(lengths)}
-
-    def _limits(self) -> tuple[tuple[str, int], ...]:
-        return ("queries", self.questions), ("tokens", 131_072 if self.questions >= 512 else 4096)
 
 
 SCALES = {
     "laptop": Scale(),
-    "smoke": Scale(steps=0.02, times=(1, 4), questions=8, changes={"train.optimizer.schedule.warmup": 2}),
+    "smoke": Scale(steps=0.02, times=(1, 4), questions=8, tokens=4096, changes={"train.optimizer.schedule.warmup": 2}),
     "large": Scale(
         stretch=64,
         steps=10,
@@ -184,10 +186,6 @@ SCALES = {
 """`large`: 0.3B parameters trained at 8,192 tokens, half a million a step, on 8 chips; `mesh` says how many."""
 
 
-def lesson_layers() -> tuple:
-    return (*[local(16)] * 3, layer(NOPE, temperature=LOG_N))
-
-
 def get_study(scale: str = "laptop") -> Study:
     if scale not in SCALES:
         raise ValueError(f"unknown scale {scale!r}; choose one of: {', '.join(SCALES)}")
@@ -197,7 +195,7 @@ def get_study(scale: str = "laptop") -> Study:
     start = Cell(name="start", config=f"{QUICKSTART}:irope", overrides=longer, starts_from="lesson")
     arms = [
         Cell(
-            name=name.replace(", ", "-").replace(" ", "_"),
+            name=plain_name(name),
             label=name,
             config=f"{QUICKSTART}:rope",
             overrides={**made["overrides"], "description": name},

@@ -115,7 +115,7 @@ class Decoder(nn.Module):
     Parameters of the layers are stacked over the repeats of the period (leading axis R), whatever the depth, so compile
     time does not grow with it. But for what is learned of positions (`SSMax`, a learned position embedding) they do not
     depend on positions, masks or temperatures: a model with another `pattern` of the same shapes uses the same
-    parameters, after `restack`.
+    parameters, after `restack` if its period is another.
 
     Attributes:
       observe: asked about the attention of every layer (`observed_attention`); None costs nothing.
@@ -214,11 +214,13 @@ def init_params(config: ModelConfig, key: jax.Array) -> Any:
         return Decoder(config).init(key, jnp.zeros((1, 1), jnp.int32), TokenInfo.single(1, 1))["params"]
 
 
-def restack(params: Any, source: ModelConfig, target: ModelConfig) -> Any:
-    """Parameters of `source` as `target` scans over them: layer i stays layer i, whatever the periods.
+def restack(params: Any, source: ModelConfig, target: ModelConfig, *, fresh_temperatures: bool = False) -> Any:
+    """Parameters of `source` stacked as `target` scans over them: layer i stays layer i, whatever the periods.
 
-    A learned temperature that a layer of `target` has and that of `source` has not begins as in a fresh model, where
-    its mean over the training length is 1; one that it has not is left out.
+    Args:
+      fresh_temperatures: of parameters, not of what mirrors them: a learned temperature that a layer of `target` has
+        and that of `source` has not begins as in a fresh model (its mean over the training length is 1), and one that
+        `target` has not is left out. Otherwise both must have the same.
 
     Raises:
       ConfigError: the two have different numbers of layers.
@@ -228,29 +230,25 @@ def restack(params: Any, source: ModelConfig, target: ModelConfig) -> Any:
             "num_layers", target.num_layers, f"the parameters are of a model with {source.num_layers} layers"
         )
     old, new = len(source.period), len(target.period)
+    if old == new and not fresh_temperatures:
+        return params
     stacks = params["periods"]
-    if old == new:
-        names = [f"layer_{i}" for i in range(new)]
-        kept = {name: _tempered(stacks[name], target, i, target.num_layers // new) for i, name in enumerate(names)}
-        return {**params, "periods": kept}
     layers = [
         jax.tree.map(lambda w, repeat=i // old: w[repeat], stacks[f"layer_{i % old}"]) for i in range(source.num_layers)
     ]
-    layers = [_tempered(layer, target, i % new) for i, layer in enumerate(layers)]
+    if fresh_temperatures:
+        layers = [_tempered(layer, target, target.period[i % new]) for i, layer in enumerate(layers)]
     restacked = {f"layer_{i}": jax.tree.map(lambda *w: jnp.stack(w), *layers[i::new]) for i in range(new)}
     return {**params, "periods": restacked}
 
 
-def _tempered(params: Any, target: ModelConfig, number: int, *repeats: int) -> Any:
-    """Parameters of a layer, or of a stack of its repeats, with the learned temperature that `target` has there."""
-    spec, attention = target.period[number].temperature, params["attention"]
-    if is_learned(spec) == ("temperature" in attention):
-        return params
-    others = {name: value for name, value in attention.items() if name != "temperature"}
-    if is_learned(spec):
-        dtype = jnp.dtype(target.precision.params)
-        others["temperature"] = jnp.full((*repeats, target.num_heads), spec.initial, dtype)
-    return {**params, "attention": others}
+def _tempered(params: Any, target: ModelConfig, layer: LayerSpec) -> Any:
+    """Parameters of one layer with the learned temperature that `layer` of `target` has, or without."""
+    attention = {name: value for name, value in params["attention"].items() if name != "temperature"}
+    if is_learned(layer.temperature):
+        fresh = jnp.full((target.num_heads,), layer.temperature.initial, jnp.dtype(target.precision.params))
+        attention["temperature"] = params["attention"].get("temperature", fresh)
+    return {**params, "attention": attention}
 
 
 def hidden_states(

@@ -147,9 +147,19 @@ def axis(name: str, values: Iterable[Any], *paths: str) -> Axis:
     return Axis(name, {str(value): dict.fromkeys(paths, value) for value in values})
 
 
-def seeds(count: int) -> Axis:
-    """The same with other initial values and another order of the data."""
-    return axis("seed", range(count), "seed", "data.seed")
+def seeds(count: int, init_from: str = "") -> Axis:
+    """The same with other initial values and another order of the data.
+
+    Args:
+      init_from: the runs of an arm of another study, `runs/STUDY/ARM`: every seed starts from that of its number.
+    """
+    values = lambda n: {"seed": n, "data.seed": n} | ({"train.init_from": f"{init_from}/seed={n}"} if init_from else {})
+    return Axis("seed", {str(n): values(n) for n in range(count)})
+
+
+def plain_name(label: str) -> str:
+    """A label as the name of a cell: `iRoPE, no temperature` is `iRoPE-no_temperature`."""
+    return re.sub(r"[^A-Za-z0-9_.=+-]", "", label.replace(", ", "-").replace(" ", "_"))
 
 
 def product(cells: Iterable[Cell], *axes: Axis) -> tuple[Cell, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +23,8 @@ from irope_jax.position.temperature import is_learned
 from irope_jax.sharding.rules import tree_shardings
 from irope_jax.train.optimizer import Optimizer
 from irope_jax.train.placement import placed
+
+log = logging.getLogger(__name__)
 
 Weights = Literal["averaged", "params"]
 """Which weights of a checkpoint: those averaged over steps, or those that were trained."""
@@ -159,14 +162,28 @@ def params_for(
     weights: Weights | None = None,
     *,
     for_decoding: bool = False,
+    fresh_temperatures: bool = False,
 ) -> tuple[Any, int]:
     """`load_params` of a model that was trained, for a model of other layers: each weight stays with its layer.
+
+    With `fresh_temperatures`, learned temperatures that the trained model lacks begin fresh and those that `config`
+    lacks are left out; the log names the layers.
 
     Raises:
       CheckpointError: nothing there, or the two do not have the same parameters; names the first that differs.
       ConfigError: another number of layers.
     """
-    move = lambda p: restack(p, trained, config)
+    learns = lambda model, i: is_learned(model.period[i % len(model.period)].temperature)
+    other = [i for i in range(config.num_layers) if learns(trained, i) != learns(config, i)]
+    if other:
+        which = f"attention/temperature of layers {', '.join(map(str, other))}"
+        if not fresh_temperatures:
+            raise CheckpointError(
+                f"{run_directory}: {which} is learned in one of the two models only; train on from it "
+                "(train.init_from), or use the model it was trained with"
+            )
+        log.info("%s: in one of the two models only, begins fresh or ends here", which)
+    move = lambda p: restack(p, trained, config, fresh_temperatures=bool(other))
     boxed = abstract_params(config)
     have = jax.eval_shape(move, nn.meta.unbox(abstract_params(trained)))
     if differs := shape_difference(have, nn.meta.unbox(boxed)):
@@ -176,15 +193,14 @@ def params_for(
             "use a run with the same parameters, or the model it was trained with"
         )
     params, step = load_params(run_directory, trained, mesh, step, weights, for_decoding=for_decoding)
-    learned = ([is_learned(layer.temperature) for layer in model.period] for model in (trained, config))
-    if next(learned) == next(learned):
-        return params, step  # restack changes nothing
+    if len(trained.period) == len(config.period) and not other:
+        return params, step
     places = tree_shardings(boxed, mesh, whole_along_context=for_decoding)
     return jax.jit(move, out_shardings=places)(params), step
 
 
 def params_from(run_directory: str, config: ModelConfig, mesh: Mesh, weights: Weights | None = None) -> tuple[Any, int]:
-    """`params_for` of whatever model a run says it trained: its newest parameters, to start `config` from."""
+    """`params_for`, with `fresh_temperatures`, of whatever model a run says it trained: its newest, to start from."""
     with Checkpoints(run_directory) as source:
         trained = from_dict(ModelConfig, source.meta()["model"], "init_from.model")
-    return params_for(run_directory, trained, config, mesh, weights=weights)
+    return params_for(run_directory, trained, config, mesh, weights=weights, fresh_temperatures=True)

@@ -1,7 +1,7 @@
 import pytest
 
 from irope_jax.core.config import ConfigError
-from irope_jax.study.grid import Axis, Cell, Study, axis, chained, product, seeds, zipped
+from irope_jax.study.grid import Axis, Cell, Study, axis, chained, plain_name, product, seeds, zipped
 
 
 def study(*cells: Cell) -> Study:
@@ -25,6 +25,16 @@ def test_a_start_outside_of_the_product_is_shared():
     cells = product([Cell(name="arm", config="a.py", starts_from="start")], seeds(2))
     assert {cell.starts_from for cell in cells} == {"start"}
     assert len(study(start, *cells).cells) == 3
+
+
+def test_seeds_may_start_from_those_of_another_study():
+    cells = product([Cell(name="arm", config="a.py")], seeds(2, init_from="runs/other/start"))
+    assert [cell.overrides["train.init_from"] for cell in cells] == [f"runs/other/start/seed={n}" for n in (0, 1)]
+    assert cells[1].overrides["seed"] == cells[1].overrides["data.seed"] == 1 and cells[1].starts_from == ""
+
+
+def test_a_label_as_a_name():
+    assert plain_name("Llama 4's 0.1, in steps of 128") == "Llama_4s_0.1-in_steps_of_128"
 
 
 def test_zipped_axes_go_together():

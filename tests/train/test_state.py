@@ -21,10 +21,11 @@ from irope_jax.train.state import (
     fresh_params,
     init_state,
     load_params,
+    params_for,
     params_from,
     start_from,
     state_shardings,
-)
+)  # fmt: skip
 from tests import tiny
 
 AVERAGING = OptimizerConfig(ema_decay=0.9)
@@ -134,3 +135,5 @@ def test_a_learned_temperature_begins_as_in_a_fresh_model_and_goes_with_its_laye
             np.testing.assert_allclose(attention["temperature"][i // len(after)], expected, rtol=1e-6)
         else:
             assert "temperature" not in attention
+    with pytest.raises(CheckpointError, match=r"attention/temperature of layers .*init_from"):  # evaluated, decoded
+        params_for(tmp_path, source, target, mesh)

@@ -49,13 +49,13 @@ def _verses(path: str) -> QuestionSet:
                 raise SourceError(path, number, 'is not a verse such as "Genesis 1:1 In the beginning …"')
             found.append(match.groups())
     said, parts = Counter(text for *_, text in found), _parts(found)
-    questions = []
-    for i, (book, chapter, verse, text) in enumerate(found):
-        reference = f"{book} {chapter}:{verse}"
-        if said[text] == 1 and reference not in parts:
-            questions.append(Question(f'Which verse says "{text}"?', (reference,), (i,), _around(i, len(found))))
-    documents = tuple(f"{book} {chapter}:{verse} {text}" for book, chapter, verse, text in found)
-    return _questions(path, questions, documents)
+    verses = [(f"{book} {chapter}:{verse}", text) for book, chapter, verse, text in found]
+    questions = [
+        Question(f'Which verse says "{text}"?', (reference,), (i,), _around(i, len(verses)))
+        for i, (reference, text) in enumerate(verses)
+        if said[text] == 1 and reference not in parts
+    ]
+    return _questions(path, questions, tuple(map(" ".join, verses)))
 
 
 def _parts(verses: list[tuple[str, ...]]) -> set[str]:
