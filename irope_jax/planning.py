@@ -14,7 +14,7 @@ from irope_jax.core.hosts import avoid_absent_tpu
 from irope_jax.experiment import Experiment, check_devices, load_config, resolve
 from irope_jax.model.decodable import check_decodable, check_length
 from irope_jax.plan.analytic import closed_form
-from irope_jax.plan.job import Failure, Figures, Job, chip_of_target, target_size
+from irope_jax.plan.job import Failure, Figures, Job, chip_of_target, compiler_of_target, target_size
 from irope_jax.plan.longest import longest
 from irope_jax.plan.measured import measure
 from irope_jax.plan.meshes import candidates, ranked_lines
@@ -138,7 +138,7 @@ class _Planner:
             self.args = asked
 
     def _one(self, job: Job, target: str, chip: Chip | None):
-        by_hand = closed_form(job, scatters=not target.startswith("cpu"))
+        by_hand = _by_hand(job, target)
         compiled = self.compiled(job, target)
         if not self.args.json:
             print("\n".join(plan_lines(job, target, chip, compiled, by_hand)), flush=True)
@@ -148,7 +148,8 @@ class _Planner:
 
     def _auto(self, experiment: Experiment, target: str, chip: Chip | None, length: int, count: int) -> list:
         build = lambda changed: job_of(changed, self.args, count, length)
-        best = candidates(experiment, build, count, chip, self.args.mode)[: self.args.candidates]
+        by_hand = lambda job: _by_hand(job, target)
+        best = candidates(experiment, build, by_hand, count, chip, self.args.mode)[: self.args.candidates]
         if not best:
             raise ConfigError("--mesh", "auto", f"no mesh of {count} devices divides batch, length and heads")
         results = [(one, self.compiled(one.job, target)) for one in best]
@@ -173,6 +174,10 @@ class _Planner:
         self.say(f"{target}: the longest that fits is {length:,} tokens")
         values, drawn = self._one(build(length), target, chip)
         return [({**values, "max_context": length}, drawn)]
+
+
+def _by_hand(job: Job, target: str) -> Figures:
+    return closed_form(job, compiler=compiler_of_target(target))
 
 
 def _lengths(text: str | None) -> list[int]:

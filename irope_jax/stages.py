@@ -44,12 +44,8 @@ def stage_experiments(experiment: Experiment) -> tuple[Experiment, ...]:
         if number:
             _check_same_parameters(before.model, at.model, path)
         if stage.gate is not None:
-            names = [spec.name for spec in at.evals]
             for place, condition in enumerate(stage.gate.conditions):
-                if condition.evaluation not in names:
-                    field = f"{path}.gate.conditions.{place}.evaluation"
-                    fix = f"no such evaluation; {nearest(condition.evaluation, names)}"
-                    raise ConfigError(field, condition.evaluation, fix)
+                _check_evaluation(at, condition.evaluation, f"{path}.gate.conditions.{place}.evaluation")
         found.append(at)
     return tuple(found)
 
@@ -115,6 +111,12 @@ def _check_same_parameters(before: ModelConfig, after: ModelConfig, path: str) -
         raise ConfigError(f"{path}.change", name, f"the stage before has {old} there, this one would need {new}")
 
 
+def _check_evaluation(experiment: Experiment, name: str, field: str) -> None:
+    names = [spec.name for spec in experiment.evals]
+    if name not in names:
+        raise ConfigError(field, name, f"no such evaluation; {nearest(name, names)}")
+
+
 def settings_of(experiment: Experiment, device_count: int) -> list[Setting]:
     """What the loop trains, stage by stage, with the evaluations built.
 
@@ -125,6 +127,8 @@ def settings_of(experiment: Experiment, device_count: int) -> list[Setting]:
     total, settings, built = sum(one.train.steps for one in found), [], {}
     for number, (one, stage) in enumerate(zip(found, stages, strict=True)):
         try:
+            for name in one.train.eval_during or ():
+                _check_evaluation(one, name, "config.train.eval_during")
             mesh = check_devices(one, device_count)
         except ConfigError as error:
             where = f"config.stages.{number}: " if stage else ""

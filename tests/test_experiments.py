@@ -94,7 +94,7 @@ def test_a_larger_scale_stretches_every_number_of_tokens():
     chunks = [layer.mask.size for layer in large.model.pattern[:3]]
     assert chunks == [64 * layer.mask.size for layer in small.model.pattern[:3]]
     last = large.model.pattern[3].temperature
-    assert last.floor_scale == 8192 and math.isclose(last.attn_scale, 1 / math.log(8192))
+    assert last.floor_scale == 8192 and math.isclose(last.attn_scale, 2 / math.log(8192))
     near, far = (of(study, "randomised_positions").data.positions.limit for study in studies)
     assert far == 64 * near
     assert large.evals[0].lengths == tuple(64 * n for n in small.evals[0].lengths)

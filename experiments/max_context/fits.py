@@ -149,10 +149,7 @@ def ways(experiment: Experiment, kind: str, target: str, length: int) -> list[tu
             figures = counted(job, KINDS[kind][1])
         except ConfigError:
             continue  # cannot be cut so
-        limits = roofline(figures, chip)
-        offloaded = 2 * figures.host / 16e9  # PCIe
-        seconds = max(limits.compute, limits.memory or 0.0) + limits.network + offloaded
-        found.append((job, figures, seconds))
+        found.append((job, figures, roofline(figures, chip).in_turn))
     limit = ROOM * chip.memory
     return sorted(found, key=lambda one: (one[1].total > limit, one[2] if one[1].total <= limit else one[1].total))
 

@@ -17,6 +17,7 @@ class Chip:
       link: bytes a second that one link sends.
       links: links that a collective of one mesh axis uses at a time: both directions of a ring of a TPU's torus; all of
         a GPU's are one, since a switch joins them.
+      host: bytes a second to the host's memory, each way. TPUs' is not published; PCIe 3 x16 is assumed.
     """
 
     bf16_flops: float
@@ -25,6 +26,7 @@ class Chip:
     bandwidth: float = 0.0
     link: float = 0.0
     links: int = 2
+    host: float = 16e9
 
 
 CHIPS = {
@@ -36,13 +38,18 @@ CHIPS = {
         2307e12 / 2, "cloud.google.com/tpu/docs/tpu7x; a chip is two jax devices; 9600 Gb/s over 6 links",
         192e9 / 2, 7380e9 / 2, 200e9 / 2,
     ),
-    "NVIDIA A100": Chip(312e12, "NVIDIA A100 data sheet, 80 GB SXM; NVLink 600 GB/s both ways", 80e9, 2039e9, 300e9, 1),
-    "NVIDIA H100 80GB HBM3": Chip(
-        989.4e12, "NVIDIA H100 data sheet, SXM; NVLink 900 GB/s both ways", 80e9, 3350e9, 450e9, 1
+    "NVIDIA A100": Chip(
+        312e12, "NVIDIA A100 data sheet, 80 GB SXM; NVLink 600, PCIe 64 GB/s both ways", 80e9, 2039e9, 300e9, 1, 32e9
     ),
-    "NVIDIA H200": Chip(989.4e12, "NVIDIA H200 data sheet, SXM; NVLink 900 GB/s both ways", 141e9, 4800e9, 450e9, 1),
+    "NVIDIA H100 80GB HBM3": Chip(
+        989.4e12, "NVIDIA H100 data sheet, SXM; NVLink 900, PCIe 128 GB/s both ways", 80e9, 3350e9, 450e9, 1, 64e9
+    ),
+    "NVIDIA H200": Chip(
+        989.4e12, "NVIDIA H200 data sheet, SXM; NVLink 900, PCIe 128 GB/s both ways", 141e9, 4800e9, 450e9, 1, 64e9
+    ),
     "NVIDIA B200": Chip(
-        2250e12, "NVIDIA HGX B200 data sheet, dense; NVLink 1.8 TB/s both ways", 180e9, 7700e9, 900e9, 1
+        2250e12, "NVIDIA HGX B200 data sheet, dense; NVLink 1.8 TB/s, PCIe 128 GB/s both ways", 180e9, 7700e9, 900e9, 1,
+        64e9,
     ),
 }  # fmt: skip
 

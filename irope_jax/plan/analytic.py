@@ -29,7 +29,7 @@ from irope_jax.model.cache import cache_bytes
 from irope_jax.model.config import FfnSpec, LayerSpec, ModelConfig
 from irope_jax.model.kept import layer_memory, share
 from irope_jax.model.moe import MoE
-from irope_jax.plan.job import Figures, Job
+from irope_jax.plan.job import Compiler, Figures, Job
 from irope_jax.position.absolute import Learned
 from irope_jax.sharding.mesh import MeshConfig, abstract_mesh
 from irope_jax.train.optimizer import make_optimizer
@@ -112,11 +112,12 @@ def weights(model: ModelConfig, mesh: MeshConfig) -> list[Weight]:
     return found
 
 
-def closed_form(job: Job, *, scatters: bool = True) -> Figures:
+def closed_form(job: Job, *, compiler: Compiler = "tpu") -> Figures:
     """Figures of a job.
 
     Args:
-      scatters: the compiler turns a sum that is cut afterwards into a reduce-scatter where it can. XLA:CPU does not.
+      compiler: whose ways are counted. XLA:CPU does not turn a sum that is cut afterwards into a reduce-scatter; on
+        TPUs attention is splash, whose backward kernels compute more.
 
     Raises:
       ConfigError: the sequence cannot be cut so.
@@ -132,13 +133,13 @@ def closed_form(job: Job, *, scatters: bool = True) -> Figures:
             sent[kind], sent_by[name] = sent.get(kind, 0.0) + count, sent_by.get(name, 0.0) + count
 
     if job.mode == "train":
-        _send_weights(job, send, scatters)
+        _send_weights(job, send, scatters=compiler != "cpu")
         _send_attention(job, send)
         _send_tokens(job, send)
         optimizer, host = _optimizer(job, parameters, item)
         kept, offloaded = kept_activations(job)
         traffic = _training_traffic(job, held, parameters, optimizer + host, kept)
-        flops = _training_flops(job, held)
+        flops = _training_flops(job, held, kernels=compiler == "tpu")
         temporaries = kept + parameters + working_bytes(job, held)  # those in the middle are gradients
         return Figures(
             parameters=parameters, optimizer=optimizer, kept=kept, host=host + offloaded, temporaries=temporaries,
@@ -222,7 +223,7 @@ def attention_flops(job: Job, layer: int, *, forward: int, backward: bool, kerne
     return products * pairs * model.num_heads * model.head_dim / job.mesh.tensor
 
 
-def _training_flops(job: Job, held: list[Weight]) -> float:
+def _training_flops(job: Job, held: list[Weight], kernels: bool) -> float:
     model, again = job.model, job.model.remat in REMATERIALISED
     tokens, total = tokens_here(job) * job.train.accumulate, 0.0
     for w in held:
@@ -231,7 +232,8 @@ def _training_flops(job: Job, held: list[Weight]) -> float:
             cut = job.mesh.tensor  # tokens travel to experts, or experts to tokens: the products are the same
         total += tokens * w.size * w.repeats * w.used / cut * (8 if again and w.layer is not None else 6)
     turns = 2 if again and model.remat not in KEEPS_ATTENTION else 1
-    return total + sum(attention_flops(job, i, forward=turns, backward=True) for i in range(len(model.period)))
+    attention = lambda i: attention_flops(job, i, forward=turns, backward=True, kernels=kernels)
+    return total + sum(map(attention, range(len(model.period))))
 
 
 def _optimizer(job: Job, parameters: int, item: int) -> tuple[int, int]:
@@ -266,7 +268,7 @@ def _training_traffic(job: Job, held: list[Weight], parameters: int, moments: in
     return job.train.accumulate * (passes + 1) * 2 * whole * item + 3 * parameters + 2 * moments + 2.0 * kept
 
 
-def _send_weights(job: Job, send, scatters: bool) -> None:
+def _send_weights(job: Job, send, *, scatters: bool) -> None:
     """Weights gathered for each pass, gradients summed: where the mesh cuts or repeats them.
 
     As compilers do it: pieces that do not fill lanes are gathered as a sum of whole arrays that are zero elsewhere, and

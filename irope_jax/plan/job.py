@@ -16,6 +16,7 @@ from irope_jax.sharding.mesh import MeshConfig
 from irope_jax.train.loop import TrainConfig
 
 Mode = Literal["train", "prefill", "decode"]
+Compiler = Literal["tpu", "gpu", "cpu"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,20 +123,36 @@ class Roofline:
     compute: float
     memory: float | None
     network: float
+    host: float = 0.0
+
+    @property
+    def _named(self) -> dict[str, float]:
+        return {"compute": self.compute, "memory": self.memory or 0.0, "network": self.network, "host": self.host}
 
     @property
     def bound(self) -> str:
-        named = {"compute": self.compute, "memory": self.memory or 0.0, "network": self.network}
-        return max(named, key=named.get)
+        return max(self._named, key=self._named.get)
 
     @property
     def seconds(self) -> float:
-        return max(self.compute, self.memory or 0.0, self.network)
+        return max(self._named.values())
+
+    @property
+    def in_turn(self) -> float:
+        """Where nothing overlaps but memory traffic with products: what meshes are ranked by."""
+        return max(self.compute, self.memory or 0.0) + self.network + self.host
 
 
 def chip_of_target(target: str) -> Chip | None:
     """The data sheet of `v5p:4x4x4`; None where nothing is known (`cpu:8`)."""
     return CHIPS.get(TARGETS.get(target.partition(":")[0].lower(), ""))
+
+
+def compiler_of_target(target: str) -> Compiler:
+    """Whose programs run on a target."""
+    if target.lower().startswith("cpu"):
+        return "cpu"
+    return "gpu" if TARGETS.get(target.partition(":")[0].lower(), "").startswith("NVIDIA") else "tpu"
 
 
 def target_size(target: str) -> int | None:
@@ -146,8 +163,10 @@ def target_size(target: str) -> int | None:
 
 
 def roofline(figures: Figures, chip: Chip) -> Roofline:
-    """A permute to a neighbour uses one link; other collectives both directions of one ring (`Chip.links`)."""
+    """A permute to a neighbour uses one link; other collectives both directions of one ring (`Chip.links`). What is in
+    the host's memory goes there and comes back.
+    """
     link = lambda kind: chip.link * (1 if kind == "collective-permute" else chip.links)
     network = sum(count / link(kind) for kind, count in figures.sent.items())
     memory = None if figures.traffic is None else figures.traffic / chip.bandwidth
-    return Roofline(figures.flops / chip.bf16_flops, memory, network)
+    return Roofline(figures.flops / chip.bf16_flops, memory, network, host=2 * figures.host / chip.host)

@@ -10,7 +10,6 @@ from typing import Any
 from irope_jax.core.chips import Chip
 from irope_jax.core.config import ConfigError
 from irope_jax.model.moe import MoE
-from irope_jax.plan.analytic import closed_form
 from irope_jax.plan.job import Failure, Figures, Job, Mode, roofline
 from irope_jax.sharding.mesh import AXES, MeshConfig
 
@@ -62,13 +61,19 @@ def meshes(devices: int) -> Iterator[MeshConfig]:
 
 
 def candidates(
-    experiment: Any, build: Callable[[Any], Job], devices: int, chip: Chip | None, mode: Mode
+    experiment: Any,
+    build: Callable[[Any], Job],
+    by_hand: Callable[[Job], Figures],
+    devices: int,
+    chip: Chip | None,
+    mode: Mode,
 ) -> list[Candidate]:
     """All that divide, best first: those that fit before those that do not, then by the sum of their times by hand.
 
     Args:
       experiment: whose `mesh`, `model.context.layout` and `model.remat` are changed.
       build: the job of a changed experiment; raises `ConfigError` where something does not divide.
+      by_hand: its figures in closed form.
     """
     remats = REMATS if mode == "train" else (experiment.model.remat,)
     found, refused = [], set()
@@ -88,11 +93,11 @@ def candidates(
                 job = build(replace(experiment, mesh=mesh, model=model))
                 if remat == "none" and job.length * job.data.batch_size // devices > 1 << 14:
                     continue  # all of a layer kept: never fits at such lengths, and tracing it takes seconds
-                by_hand = closed_form(job)
+                figures = by_hand(job)
             except ConfigError:
                 refused.add((mesh, layout))
                 continue
-            found.append(_judged(job, by_hand, chip))
+            found.append(_judged(job, figures, chip))
     return sorted(found, key=lambda one: (not one.fits, one.seconds, one.by_hand.total))
 
 
@@ -101,11 +106,9 @@ def _judged(job: Job, by_hand: Figures, chip: Chip | None) -> Candidate:
     if chip is None:
         return Candidate(job, by_hand, by_hand.sent_bytes + by_hand.flops * 1e-3, True)
     found = roofline(by_hand, chip)
-    compute = found.compute
     if job.mesh.context > 1 and job.model.context.layout == "contiguous" and job.mode == "train":
-        compute *= 1.5
-    offloaded = by_hand.host * 2 / 16e9 if by_hand.host else 0.0  # PCIe to the host, 16 GB/s a chip
-    return Candidate(job, by_hand, compute + found.network + offloaded, by_hand.total <= ROOM * chip.memory)
+        found = replace(found, compute=1.5 * found.compute)
+    return Candidate(job, by_hand, found.in_turn, by_hand.total <= ROOM * chip.memory)
 
 
 def ranked_lines(results: list[tuple[Candidate, Figures | Failure | None]], chip: Chip | None) -> list[str]:
@@ -115,19 +118,13 @@ def ranked_lines(results: list[tuple[Candidate, Figures | Failure | None]], chip
         one, figures = pair
         if not isinstance(figures, Figures) or chip is None:
             return (isinstance(figures, Failure), one.seconds)
-        return (figures.total > chip.memory, time_of(figures, chip))
+        return (figures.total > chip.memory, roofline(figures, chip).in_turn)
 
     ranked = sorted(results, key=judged)
     lines = []
     for place, (one, figures) in enumerate(ranked, start=1):
         held = figures.total if isinstance(figures, Figures) else one.by_hand.total
-        seconds = time_of(figures, chip) if isinstance(figures, Figures) and chip else one.seconds
+        seconds = roofline(figures, chip).in_turn if isinstance(figures, Figures) and chip else one.seconds
         said = f"does not compile: {figures.why}" if isinstance(figures, Failure) else f"{held / 1e9:.1f} GB"
         lines.append(f"{place:>3}  {one.label}: {said}, {seconds:.2f} s a step" + " by hand" * (figures is None))
     return [*lines, "to paste:", *(f"    {line}" for line in ranked[0][0].lines)]
-
-
-def time_of(figures: Figures, chip: Chip) -> float:
-    """Seconds, nothing overlapping but memory traffic."""
-    found = roofline(figures, chip)
-    return max(found.compute, found.memory or 0.0) + found.network

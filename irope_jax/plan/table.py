@@ -108,6 +108,8 @@ def _time(figures: Figures, chip: Chip) -> list[str]:
         ("memory", found.memory, f"{chip.bandwidth / 1e9:.0f} GB/s"),
         ("network", found.network, f"{chip.link / 1e9:.0f} GB/s a link, {chip.links} for a collective"),
     ]
+    if found.host:
+        rates.append(("host", found.host, f"{chip.host / 1e9:.0f} GB/s"))
     words = [f"{name} {_seconds(seconds)} at {rate}" for name, seconds, rate in rates if seconds is not None]
     bound = f"bound by {found.bound}: at least {_seconds(found.seconds)} a step"
     return [f"time: {'; '.join(words)} ({chip.source})", bound]

@@ -19,11 +19,11 @@ from dataclasses import dataclass
 
 import jax
 from jax.experimental import topologies
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 from irope_jax.core.chips import CHIPS, TARGETS, Chip
 from irope_jax.core.config import ConfigError
-from irope_jax.sharding.mesh import AXES, MeshConfig
+from irope_jax.sharding.mesh import MeshConfig, make_mesh
 
 
 @dataclass(frozen=True)
@@ -143,9 +143,7 @@ def target_mesh(target: str | Sequence[jax.Device], config: MeshConfig) -> Mesh:
       TargetError: as `target_devices`.
       ConfigError: the axes do not multiply to the number of devices.
     """
-    devices = target_devices(target) if isinstance(target, str) else list(target)
-    sizes = config.fill(len(devices)).sizes
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    return make_mesh(config, target_devices(target) if isinstance(target, str) else target)
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import jax
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
 from irope_jax.core.config import ConfigError
@@ -84,10 +85,19 @@ class MeshConfig:
 
 
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The `jax.sharding.Mesh` of a config over `devices` (all devices of all processes by default)."""
+    """The `jax.sharding.Mesh` of a config over `devices` (all devices of all processes by default).
+
+    An axis of a TPU's torus is split where sizes ask for it, as 8 x 8 of 4 x 4 x 4, which `jax.make_mesh` refuses.
+
+    Raises:
+      ConfigError: the axes do not multiply to the number of devices, or these are of several slices.
+    """
     devices = list(devices) if devices is not None else jax.devices()
     config = config.fill(len(devices))
-    return jax.make_mesh(tuple(config.sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
+    if (slices := len({getattr(device, "slice_index", 0) for device in devices})) > 1:
+        raise ConfigError("mesh", config.sizes, f"the devices are of {slices} slices; start a run on one of them")
+    arranged = create_device_mesh(tuple(config.sizes.values()), devices, allow_split_physical_axes=True)
+    return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def abstract_mesh(config: MeshConfig) -> AbstractMesh:

@@ -231,9 +231,13 @@ def together(arms: Sequence[Arm], kind: str) -> list[Arm]:
 
 
 def further(arms: Sequence[Arm], kind: str) -> list[tuple[str, list[Arm]]]:
-    """Evaluations of a kind beside those that `together` shows: their names, and arms for which each speaks."""
+    """Evaluations of a kind beside those that `together` shows: their names, and arms for which each speaks.
+
+    What was taken only to follow the training (`train.eval_during`) is `study.reach`'s.
+    """
     shown = {arm.label for arm in together(arms, kind)}
-    names = dict.fromkeys(name for arm in arms for name in arm.evaluations(kind)[arm.label in shown :])
+    following = {name for arm in arms for name in lookup(arm.run.config, "train", "eval_during") or ()}
+    names = dict.fromkeys(n for arm in arms for n in arm.evaluations(kind)[arm.label in shown :] if n not in following)
     return [(name, [_only(arm, kind, name) for arm in arms if name in arm.evaluations(kind)]) for name in names]
 
 

@@ -22,6 +22,7 @@ from irope_jax.study.collect import Arm, further, load_arms, missing, nll_by_pos
 from irope_jax.study.cost import cost_by_length, cost_tables
 from irope_jax.study.goodput import goodput_table
 from irope_jax.study.html import write_html
+from irope_jax.study.reach import steps_table
 from irope_jax.study.stages import stages_table
 from irope_jax.study.text_tasks import effective_table, likelihood_table, scores_table
 
@@ -311,6 +312,9 @@ def _training(arms: Sequence[Arm], out: Path) -> str:
     text += [_image(path, "training loss"), "Thin: as recorded. Thick: exponential mean over a thirtieth of the run."]
     text += [tables.training_table(arms).markdown()]
     text += ["The final loss is the mean over the last twentieth of the records; speeds are medians."]
+    steps = steps_table(arms)
+    if steps is not None:
+        text += [f"**{steps.title}** (measured while it trained)", steps.markdown()]
     return "\n\n".join(text)
 
 

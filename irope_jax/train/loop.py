@@ -61,6 +61,7 @@ class TrainConfig:
       log_every: steps between recorded scalars.
       by_layer: record also the norms of gradients, updates and parameters of each layer's two parts.
       eval_every: steps between evaluations; None evaluates only at the end.
+      eval_during: names of the evaluations taken every so many steps, the others only at the end; None takes all.
       max_skipped_in_a_row: skipped steps in a row after which the run stops with an error.
       spikes: what happens when the recorded loss jumps: `ignore`, `skip` updates, or `roll_back` and jump the data.
       watchdog: when a run that does not move says where it stands.
@@ -74,6 +75,7 @@ class TrainConfig:
     log_every: int = 10
     by_layer: bool = False
     eval_every: int | None = None
+    eval_during: tuple[str, ...] | None = None
     max_skipped_in_a_row: int = 10
     spikes: SpikePolicy = Ignore()
     watchdog: WatchdogConfig = WatchdogConfig()
@@ -301,9 +303,9 @@ def _train_stage(
         """What is due after a step is measured: `(None if a signal cut it, whether the stage is over)`."""
         last, asked = step == end, gate is not None and gate.due(step - standing.began)
         planned = config.eval_every is not None and step % config.eval_every == 0 and not (last and final)
-        everything = planned or (last and not final)
         judges = {condition.evaluation for condition in gate.conditions} if gate and (asked or last) else set()
-        chosen = [e for e in setting.evaluators if everything or e.name in judges]
+        during = lambda e: planned and (config.eval_during is None or e.name in config.eval_during)
+        chosen = [e for e in setting.evaluators if (last and not final) or during(e) or e.name in judges]
         found = measure(step, chosen) if chosen else []
         if found is None or not judges:
             return found, last

@@ -1,8 +1,10 @@
 import jax
+import numpy as np
 import pytest
 
 from irope_jax.core.config import ConfigError
 from irope_jax.sharding.mesh import AXES, MeshConfig, make_mesh
+from tests.topologies import tpu_mesh
 
 
 def test_the_free_axis_takes_what_is_left():
@@ -34,3 +36,20 @@ def test_make_mesh_puts_every_device_on_it_once():
     mesh = make_mesh(MeshConfig(data=2, fsdp=2, tensor=2))
     assert mesh.axis_names == AXES and dict(mesh.shape)["tensor"] == 2
     assert sorted(d.id for d in mesh.devices.flat) == sorted(d.id for d in jax.devices())
+
+
+def test_an_axis_of_a_torus_is_split_where_sizes_ask_for_it():
+    """8 x 8 of 4 x 4 x 4 chips: `tensor` spans blocks of 4 x 2 chips."""
+    mesh = tpu_mesh("v5p:4x4x4", context=8, tensor=8)
+    assert mesh.devices.shape == (1, 1, 8, 1, 8)
+    spans = [np.ptp([device.coords for device in line], axis=0) for line in mesh.devices.reshape(8, 8)]
+    assert {tuple(sorted(span.tolist())) for span in spans} == {(0, 1, 3)}
+
+
+def test_devices_of_several_slices_are_refused():
+    class Chip:
+        def __init__(self, slice_index):
+            self.slice_index = slice_index
+
+    with pytest.raises(ConfigError, match="of 2 slices"):
+        make_mesh(MeshConfig(), [Chip(0), Chip(1)])

@@ -3,6 +3,7 @@ import pytest
 from irope_jax.core.records import RecordError, RunWriter, load_run
 from irope_jax.study.collect import retrieval
 from irope_jax.study.html import write_html
+from irope_jax.study.reach import steps_table
 from irope_jax.study.report import write_page
 from irope_jax.study.seeds import pooled_arm
 from irope_jax.study.tables import retrieval_table
@@ -72,3 +73,22 @@ def test_the_page_says_what_the_bands_are_and_its_html_asks_nothing_from_outside
 def test_pictures_outside_of_the_page_are_not_taken_in(tmp_path):
     (tmp_path / "page.md").write_text("# x\n\n![a](https://example.org/a.png) ![b](missing.png)\n")
     assert "example.org" not in write_html(tmp_path / "page.md").read_text()
+
+
+def test_steps_until_retrieval_are_those_after_which_it_stayed(tmp_path):
+    """By seed: 0.9 at 2 and for good from 4 on; from 3 on; never. The evaluation at the end only is not followed."""
+    courses = ((0.0, 0.95, 0.8, 0.9), (0.1, 0.2, 0.92, 1.0), (0.0, 0.0, 0.6, 0.7))
+    evals = [{"kind": "retrieval", "name": name} for name in ("retrieval", "on the way")]
+    more = dict(evals=evals, train={"steps": 4, "eval_during": ["on the way"]})
+    runs = [run(tmp_path, seed, (1.0, 0.5), steps=4, **more) for seed in range(3)]
+    for one, course in zip(runs, courses, strict=True):
+        with RunWriter(one.directory, one.config, one.fingerprint) as writer:
+            for step, accuracy in enumerate(course, start=1):
+                writer.measure(step, "on the way", "accuracy", accuracy, 10, {"length": 128, "straddle": False})
+    arm = pooled_arm(0, "arm", [load_run(one.directory) for one in runs])
+    table = steps_table([arm])
+    assert table.columns == ("run", "0.5", "0.9", "0.97")
+    assert table.rows == (("arm", "3 (2–3)", "4 (3–4), 1 of 3 not in 4", "4, 2 of 3 not in 4"),)
+    text = write_page([arm], tmp_path / "out", title="Q?", command="irope report x").read_text()
+    assert table.title in text and "### on the way" not in text
+    assert steps_table([pooled_arm(0, "arm", [run(tmp_path / "once", 0, (1.0, 0.5))])]) is None

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from irope_jax.checkpoint.native import CheckpointConfig, CheckpointError, Checkpoints
+from irope_jax.core.config import ConfigError
 from irope_jax.core.numerics import assert_equal_trees
 from irope_jax.core.records import NullWriter
 from irope_jax.evals.evaluator import Measurement
@@ -102,6 +103,13 @@ def test_what_an_uninterrupted_run_does_in_which_order(whole):
     told = [(call[1], call[2]) for call in notes.calls if call[0] == "spent"]
     assert [step for step, _ in told] == [2, 4, 6, 6] and {"steps", "start-up", "compile", "data"} <= told[0][1].keys()
     assert all(seconds >= 0 for _, spent in told for seconds in spent.values())
+
+
+def test_evaluations_that_are_not_named_to_be_taken_on_the_way_are_taken_at_the_end(tmp_path):
+    _, notes = go(tmp_path, ("train.eval_during", "('retrieval',)"))
+    assert notes.steps("measure") == [6, 6]
+    with pytest.raises(ConfigError, match=r"config.train.eval_during='retreival'.*did you mean 'retrieval'"):
+        settings_of(tiny.experiment(("train.eval_during", "('retreival',)")), jax.device_count())
 
 
 def test_loss_falls(whole):
