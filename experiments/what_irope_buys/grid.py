@@ -2,6 +2,7 @@
 
     irope sweep experiments/what_irope_buys --only=headline --jobs=2
     irope report experiments/what_irope_buys --only=headline
+    irope sweep experiments/what_irope_buys --only=rivals --only=shapes --jobs=2            # the other arms
     irope sweep experiments/what_irope_buys --only=headline --scale=large --slurm=jobs      # for real hardware
     irope sweep experiments/what_irope_buys --only=headline --scale=smoke                   # does all of it run?
 
@@ -84,36 +85,37 @@ TRAINED_ON = ({**facts, "source": {**facts["source"], "num_facts": (1, 16)}}, te
 0, judged by questions of NEAR and by 64 facts; what each of the two does was not measured."""
 
 
-def arm(*pattern: dict, headline: bool = False, far: bool = False, **overrides) -> dict:
+def arm(*pattern: dict, tag: str = "rivals", far: bool = False, **overrides) -> dict:
     """What makes an arm: its layers, and whatever else of the config it changes (dots written as two underscores)."""
     values = {"model.pattern": pattern, "data.mixture": TRAINED_ON, "evals": NEAR + FAR if far else NEAR}
     values |= {"train.eval_every": 50, "train.eval_during": ("on the way",)}
     values |= {path.replace("__", "."): value for path, value in overrides.items()}
-    return dict(overrides=values, tags=("headline",) if headline else ())
+    return dict(overrides=values, tags=(tag,))
 
 
 LAST = layer(NOPE, temperature=TEMPERATURE)
 SHIFTED = local(shift=CHUNK // 2)
 RANDOMISED = dict(kind="randomised", limit=64 * LENGTH)
 ARMS = {
-    "iRoPE": arm(*irope(), headline=True, far=True),
-    "iRoPE, no temperature": arm(*irope(temperature=None), headline=True),
-    "iRoPE, log-n once": arm(*irope(temperature=log_n(1))),
+    "iRoPE": arm(*irope(), tag="headline", far=True),
+    "iRoPE, no temperature": arm(*irope(temperature=None), tag="headline"),
+    "iRoPE, log-n once": arm(*irope(temperature=log_n(1)), tag="shapes"),
     "iRoPE, SSMax": arm(*irope(temperature=dict(kind="ssmax", train_length=LENGTH))),
-    "iRoPE, borders shifted": arm(local(), SHIFTED, local(), LAST, headline=True, far=True),
-    "RoPE-NoPE, sliding window": arm(WINDOW, WINDOW, WINDOW, LAST, headline=True, far=True),
-    "RoPE-NoPE, no local masks": arm(layer(), layer(), layer(), layer(NOPE), headline=True),
-    "all RoPE": arm(layer(), headline=True),
-    "all NoPE": arm(layer(NOPE), train__steps=900, headline=True),  # 0.90 to 0.96 at its own length after 300
-    "all NoPE, temperature": arm(LAST),
+    "iRoPE, borders shifted": arm(local(), SHIFTED, local(), LAST, tag="headline", far=True),
+    "RoPE-NoPE, sliding window": arm(WINDOW, WINDOW, WINDOW, LAST, tag="headline", far=True),
+    "RoPE-NoPE, no local masks": arm(layer(), layer(), layer(), layer(NOPE), tag="headline"),
+    "all RoPE": arm(layer(), tag="headline"),
+    "all NoPE": arm(layer(NOPE), train__steps=900, tag="headline"),  # 0.90 to 0.96 at its own length after 300
+    "all NoPE, temperature": arm(LAST, train__steps=900),
+    "no local masks, temperature": arm(layer(), layer(), layer(), LAST),
     "p-RoPE": arm(layer(P_ROPE)),
     "p-RoPE, temperature": arm(layer(P_ROPE, temperature=TEMPERATURE)),
     "ALiBi": arm(layer(dict(kind="alibi"))),
     "randomised positions": arm(layer(), data__positions=RANDOMISED),
-    "interval 2": arm(*irope(2)),
-    "global first": arm(LAST, *[local()] * 3),
-    "chunks of 16": arm(*irope(size=16)),
-    "chunks of 64": arm(*irope(size=64)),
+    "interval 2": arm(*irope(2), tag="shapes"),
+    "global first": arm(LAST, *[local()] * 3, tag="shapes"),
+    "chunks of 16": arm(*irope(size=16), tag="shapes"),
+    "chunks of 64": arm(*irope(size=64), tag="shapes"),
 }
 
 

@@ -31,6 +31,13 @@ def model(*pattern, layers) -> ModelConfig:
     )
 
 
+def scout_like(layers: int, **more) -> ModelConfig:
+    """With the heads of Scout, in bfloat16."""
+    config = model(*irope_layers(8192, FFN, **more), layers=layers)
+    heads = dict(num_heads=40, num_kv_heads=8, head_dim=128)
+    return dataclasses.replace(config, **heads, precision=Precision("bfloat16", "bfloat16"))
+
+
 def compiled_step(config, spec, mesh, width=1):
     """One step of `width` tokens a row, from abstract arrays: nothing is allocated."""
 
@@ -85,10 +92,7 @@ def test_a_step_reads_the_cache_once(monkeypatch):
 @pytest.mark.parametrize(("rows", "width"), [(16, 1), (2, 128)])
 def test_a_tpu_does_not_copy_the_cache_for_several_rows_or_a_piece_of_a_prompt(rows, width):
     mesh = tpu_mesh("v5e:2x2", context=4)
-    config = dataclasses.replace(
-        model(*irope_layers(8192, FFN), layers=8), num_heads=40, num_kv_heads=8, head_dim=128,
-        precision=Precision("bfloat16", "bfloat16"),
-    )  # fmt: skip
+    config = scout_like(layers=8)
     with targeting(mesh):
         program, cache = compiled_step(config, CacheSpec(rows, LONG // rows), mesh, width)
     assert program.memory_analysis().temp_size_in_bytes < 0.1 * tree_bytes(cache) / 4
@@ -98,10 +102,7 @@ def test_a_tpu_does_not_copy_the_cache_for_several_rows_or_a_piece_of_a_prompt(r
 def test_a_tpu_neither_copies_the_cache_nor_sends_more(numbers, share):
     """Compiled for four chips at Scout's heads: what the layout of a cache costs is seen only there."""
     mesh = tpu_mesh("v5p:2x2x1", context=4)
-    config = dataclasses.replace(
-        model(*irope_layers(8192, FFN, qk_norm="rms"), layers=8), num_heads=40, num_kv_heads=8, head_dim=128,
-        precision=Precision("bfloat16", "bfloat16"),
-    )  # fmt: skip
+    config = scout_like(layers=8, qk_norm="rms")
     with targeting(mesh):
         program, cache = compiled_step(config, CacheSpec(1, 4 * LONG, numbers), mesh)
     here = tree_bytes(cache) / 4
@@ -112,10 +113,7 @@ def test_a_tpu_neither_copies_the_cache_nor_sends_more(numbers, share):
 def test_on_a_tpu_what_lies_on_the_host_is_updated_there_and_a_device_holds_blocks_of_it():
     """Compiled for four chips, a cache of 4 GB at Scout's heads: one token, which sends what it always does."""
     mesh = tpu_mesh("v5e:2x2", context=4)
-    config = dataclasses.replace(
-        model(*irope_layers(8192, FFN), layers=4), num_heads=40, num_kv_heads=8, head_dim=128,
-        precision=Precision("bfloat16", "bfloat16"),
-    )  # fmt: skip
+    config = scout_like(layers=4)
     with targeting(mesh):
         program, cache = compiled_step(config, CacheSpec(1, 4 * LONG, offload=True), mesh)
     memory, far = program.memory_analysis(), cache.layers[3]
