@@ -17,7 +17,7 @@ from irope_jax.plan.analytic import closed_form
 from irope_jax.plan.job import Failure, Figures, Job, chip_of_target, compiler_of_target, target_size
 from irope_jax.plan.longest import longest
 from irope_jax.plan.measured import measure
-from irope_jax.plan.meshes import candidates, ranked_lines
+from irope_jax.plan.meshes import candidates, ranked, ranked_lines
 from irope_jax.plan.picture import draw_memory
 from irope_jax.plan.stored import recall, remember
 from irope_jax.plan.table import as_values, plan_lines
@@ -153,13 +153,16 @@ class _Planner:
         if not best:
             raise ConfigError("--mesh", "auto", f"no mesh of {count} devices divides batch, length and heads")
         results = [(one, self.compiled(one.job, target)) for one in best]
-        for line in ranked_lines(results, chip):
+        best = ranked(results, chip)
+        for line in ranked_lines(best, chip):
             self.say(line)
         return [
-            (as_values(one.job, target, chip, result, one.by_hand), None if not isinstance(result, Figures) else
-             (f"{target}\n{one.label}", result, chip))
-            for one, result in results
-        ]  # fmt: skip
+            (
+                as_values(one.job, target, chip, result, one.by_hand) | {"candidate": one.label, "paste": one.lines},
+                (f"{target}\n{one.label}", result, chip) if isinstance(result, Figures) else None,
+            )
+            for one, result in best
+        ]
 
     def _longest(self, experiment: Experiment, target: str, chip: Chip | None, count: int) -> list:
         if chip is None:

@@ -14,9 +14,9 @@ from irope_jax.core.config import ConfigError
 from irope_jax.core.records import RecordError, is_run, load_run
 from irope_jax.study.collect import Arm, load_arms
 from irope_jax.study.grid import Study
-from irope_jax.study.report import terminal_tables, write_page, write_report
+from irope_jax.study.report import pictures, terminal_tables, write_page, write_report
 from irope_jax.study.seeds import pooled_arm
-from irope_jax.sweep import Work, folder_of, is_done, is_of, load_study, work_of
+from irope_jax.sweep import Work, changed, folder_of, is_done, load_study, work_of
 
 Overrides = list[tuple[str, str]]
 
@@ -41,13 +41,15 @@ def report_verb(args: argparse.Namespace, overrides: Overrides) -> int:
         console.print(table)
     print(f"report: {page}")
     print(f"report: {page.with_suffix('.html')}")
-    for picture in sorted(page.parent.glob("*.png")):
+    for picture in pictures(page):
         print(f"picture: {picture}")
     return 0
 
 
 def study_report(grid: Path, args: argparse.Namespace) -> tuple[Path, list[Arm]]:
-    """The page of a study, beside its grid, and its arms; with `--beside` also those of runs elsewhere.
+    """The page of a study, beside its grid, or of another scale among its runs; and its arms.
+
+    With `--beside` also those of runs elsewhere.
 
     Raises:
       RecordError: nothing was run, or a run was made with other values than its grid has now.
@@ -59,8 +61,8 @@ def study_report(grid: Path, args: argparse.Namespace) -> tuple[Path, list[Arm]]
     arms, notes = _of_roots(grid, study, roots, args.only)
     page = write_page(
         arms,
-        Path(args.out) if args.out else folder_of(grid),
-        title=study.question,
+        Path(args.out or (roots[0] / "report" if args.scale else folder_of(grid))),
+        title=study.question + f" (scale: {args.scale})" * bool(args.scale),
         command="\n".join(_commands([grid], args)),
         foreword=foreword(study),
         notes=notes,
@@ -135,10 +137,8 @@ def study_arms(study: Study, works: Sequence[Work]) -> tuple[list[Arm], list[str
             if work in done:
                 continue
             left.append(work.cell.name)
-            if is_run(work.directory) and not is_of(load_run(work.directory), work):
-                raise RecordError(
-                    f"{work.directory}: made with other values than the grid has now; move it away and sweep again"
-                )
+            if note := changed(work):
+                raise RecordError(note)
         if done:
             runs = [load_run(work.directory) for work in done]
             arms.append(pooled_arm(len(arms), labels[arm], runs, done[0].experiment.description))

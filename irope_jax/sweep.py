@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from irope_jax.core.config import ConfigError, fingerprint
+from irope_jax.core.config import ConfigError, differences, fingerprint, to_dict
 from irope_jax.core.records import RECORDS_FILE, RecordError, Run, is_run, load_run
 from irope_jax.experiment import Experiment, load_config, resolve, run_file
 from irope_jax.launch import PROGRAM, STOPPED, end_with_parent
@@ -205,8 +205,26 @@ def is_of(run: Run, work: Work) -> bool:
     return run.fingerprint == fingerprint(experiment)
 
 
+def changed(work: Work) -> str:
+    """What is the matter with a run that was made with other values than its cell has now; empty if it was not."""
+    if not is_run(work.directory):
+        return ""
+    try:
+        run = load_run(work.directory)
+    except RecordError:
+        return ""  # the cell itself will say what is wrong
+    if is_of(run, work):
+        return ""
+    lines = [line for line in differences(run.config, to_dict(work.experiment)) if "train.init_from:" not in line]
+    more = f" and {len(lines) - 3} more" * (len(lines) > 3)
+    what = f"made with other values than the grid has now ({'; '.join(lines[:3])}{more})"
+    return f"{work.directory}: {what}; move it away and sweep again"
+
+
 def _state(work: Work) -> str:
-    return "done" if is_done(work) else "cut" if is_run(work.directory) else "new"
+    if is_done(work):
+        return "done"
+    return "other" if changed(work) else "cut" if is_run(work.directory) else "new"
 
 
 def _line(work: Work) -> str:
@@ -230,6 +248,8 @@ class Sweep:
         for work in self._works:
             if is_done(work):
                 work.state, work.seen = "done", _last_record(work.directory)
+            elif note := changed(work):
+                work.state, work.note = "failed", note
         previous = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
         live = Live(console=self._console, refresh_per_second=2, get_renderable=self.table, transient=True)
         try:

@@ -29,8 +29,10 @@ examples:
     )
     sweep.add_argument("grid", metavar="GRID", help="grid file, or the folder with its grid.py")
     sweep.add_argument(
-        "--only", action="append", metavar="WORD", help="a tag, an arm, a cell or a folder of cells; may be repeated"
-    )
+        "--only", action="append", metavar="WORD",
+        help="a tag, an arm or its label, a cell, a seed (seed=0) or a folder of cells, with all that they start from; "
+        "may be repeated",
+    )  # fmt: skip
     sweep.add_argument("--scale", metavar="NAME", help="which size of the study, where its get_study() takes one")
     sweep.add_argument("--jobs", type=int, default=1, metavar="N", help="cells at a time (default: 1)")
     sweep.add_argument("--runs", metavar="DIR", help="folder of the run directories (default: runs/STUDY)")

@@ -58,6 +58,9 @@ def test_a_picture_and_the_best_mesh_and_the_longest_context(capsys, tmp_path):
     assert picture.stat().st_size > 1000
     assert main([*DEBUG, "--target=v5e:2x2", "--closed-form", "--mesh=auto"]) == 0
     assert "config.mesh = dict(" in capsys.readouterr().out
+    assert main([*DEBUG, "--target=v5e:2x2", "--closed-form", "--mesh=auto", "--json"]) == 0
+    best = json.loads(capsys.readouterr().out)[0]
+    assert best["paste"][0].startswith("config.mesh = dict(") and "remat" in best["candidate"]
     scout = ["plan", "--config=configs/llama4_scout.py:1m", "--target=v5p:4x4x4", "--closed-form", "--max-context"]
     assert main(scout) == 0
     assert "the longest that fits is" in capsys.readouterr().out

@@ -200,13 +200,17 @@ def test_a_sweep_that_trains_and_its_report(tmp_path, monkeypatch, capfd):
     assert page.startswith("# q\n\n**Predicted.** p\n\n**Verdict.** Not given yet.")
     assert "4 cells are not finished and left out: start/seed=0, arm/seed=0" in page and "irope sweep grid.py" in page
     assert Path("report.html").is_file()
+    assert cli.main(["report", "grid.py", "--scale=large"]) == 0  # is no answer of the folder's
+    assert Path("runs/s/report/report.md").read_text().startswith("# q (scale: large)")
     _comparisons()
     (tmp_path / "grid.py").write_text(GRID.replace('"train.steps": 4', '"train.steps": 5'))
     assert not any(sweep.is_done(work) for work in works() if work.cell.arm == "arm")
     assert cli.main(["report", "."]) == 1
     assert "arm/seed=1: made with other values than the grid has now" in capfd.readouterr().err
+    assert cli.main(["sweep", "grid.py", "--only=arm/seed=1", "--list"]) == 0
+    assert [line.split()[0] for line in capfd.readouterr().out.splitlines()] == ["done", "other"]
     assert cli.main(["sweep", "grid.py", "--only=arm/seed=1"]) == 1
-    assert "train.steps: 4 -> 5" in Path("runs/s/logs/arm.seed=1.log").read_text()
+    assert "arm/seed=1: made with other values than the grid has now (train.steps: 4 -> 5)" in capfd.readouterr().err
 
 
 def _comparisons():

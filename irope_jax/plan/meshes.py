@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -111,20 +111,36 @@ def _judged(job: Job, by_hand: Figures, chip: Chip | None) -> Candidate:
     return Candidate(job, by_hand, found.in_turn, by_hand.total <= ROOM * chip.memory)
 
 
-def ranked_lines(results: list[tuple[Candidate, Figures | Failure | None]], chip: Chip | None) -> list[str]:
-    """The ranking, compiled ones that fit first, and the config lines of the best."""
+Result = tuple[Candidate, Figures | Failure | None]
+"""A candidate and what the compiler said of it; None if nobody asked."""
 
-    def judged(pair):
-        one, figures = pair
-        if not isinstance(figures, Figures) or chip is None:
-            return (isinstance(figures, Failure), one.seconds)
-        return (figures.total > chip.memory, roofline(figures, chip).in_turn)
 
-    ranked = sorted(results, key=judged)
+def step_seconds(result: Result, chip: Chip | None) -> float:
+    """Of the compiled step, else by hand."""
+    one, figures = result
+    return roofline(figures, chip).in_turn if isinstance(figures, Figures) and chip else one.seconds
+
+
+def ranked(results: Sequence[Result], chip: Chip | None) -> list[Result]:
+    """Best first: those that fit before those that do not, compiled or else by hand."""
+
+    def judged(result: Result):
+        one, figures = result
+        fits = one.fits
+        if figures is not None:
+            fits = isinstance(figures, Figures) and (chip is None or figures.total <= chip.memory)
+        return (not fits, step_seconds(result, chip))
+
+    return sorted(results, key=judged)
+
+
+def ranked_lines(results: Sequence[Result], chip: Chip | None) -> list[str]:
+    """The ranking, and the config lines of the first."""
     lines = []
-    for place, (one, figures) in enumerate(ranked, start=1):
+    for place, result in enumerate(results, start=1):
+        one, figures = result
         held = figures.total if isinstance(figures, Figures) else one.by_hand.total
-        seconds = roofline(figures, chip).in_turn if isinstance(figures, Figures) and chip else one.seconds
+        seconds = step_seconds(result, chip)
         said = f"does not compile: {figures.why}" if isinstance(figures, Failure) else f"{held / 1e9:.1f} GB"
         lines.append(f"{place:>3}  {one.label}: {said}, {seconds:.2f} s a step" + " by hand" * (figures is None))
-    return [*lines, "to paste:", *(f"    {line}" for line in ranked[0][0].lines)]
+    return [*lines, "to paste:", *(f"    {line}" for line in results[0][0].lines)]

@@ -62,6 +62,11 @@ class Cell:
         """What tells the cells of an arm apart; empty for an arm of one cell."""
         return next((part for part in self.name.split("/") if part.startswith("seed=")), "")
 
+    @property
+    def words(self) -> tuple[str, ...]:
+        """What chooses it."""
+        return tuple(filter(None, (*self.tags, self.arm, self.label, self.name, self.seed)))
+
 
 @dataclass(frozen=True, kw_only=True)
 class Study:
@@ -111,7 +116,9 @@ class Study:
         return next(cell for cell in self.cells if cell.name == name)
 
     def chosen(self, words: Sequence[str]) -> tuple[Cell, ...]:
-        """Cells that a word names: a tag, an arm, a cell, or a folder of cells; and those they start from.
+        """Cells that a word names, and those they start from.
+
+        A word is a tag, an arm or its label, a cell, a seed (`seed=0`) or a folder of cells.
 
         Raises:
           ConfigError: a word that names nothing.
@@ -120,10 +127,12 @@ class Study:
             return self.cells
         wanted: set[str] = set()
         for word in words:
-            found = [c for c in self.cells if word in (*c.tags, c.arm, c.name) or c.name.startswith(f"{word}/")]
+            found = [c for c in self.cells if word in c.words or c.name.startswith(f"{word}/")]
             if not found:
-                names = {name for c in self.cells for name in (*c.tags, c.arm, c.name)}
-                raise ConfigError("--only", word, f"no cell, arm or tag is called so; {nearest(word, sorted(names))}")
+                names = {name for c in self.cells for name in c.words}
+                raise ConfigError(
+                    "--only", word, f"no cell, arm, tag or seed is called so; {nearest(word, sorted(names))}"
+                )
             for cell in found:
                 while cell is not None:
                     wanted.add(cell.name)

@@ -91,6 +91,11 @@ def write_page(
     return page
 
 
+def pictures(page: Path) -> list[Path]:
+    """Those that a page shows, in its order."""
+    return [page.parent / name for name in re.findall(r"!\[[^\]]*\]\(([^)]+)\)", page.read_text(encoding="utf-8"))]
+
+
 def terminal_tables(arms: Sequence[Arm]) -> list:
     """The result as rich tables to print: retrieval by context length, facts apart, and loss by position.
 
@@ -186,7 +191,7 @@ def _retrieval(arms: Sequence[Arm], out: Path) -> str:
     intro = (
         "Facts are placed over the whole context and asked for at its end. Columns are context lengths, in multiples "
         f"of the training length; in brackets the interval ({_bands(arms)}). Queries per context length: "
-        + ", ".join(counts)
+        + "; ".join(counts)
         + "."
     )
     text = ["## Retrieval", intro]

@@ -64,10 +64,12 @@ def test_a_chain_starts_each_from_the_one_before():
 
 def test_a_choice_brings_what_it_starts_from():
     a, b = Cell(name="a", config="x.py"), Cell(name="b", config="x.py", starts_from="a", tags=("headline",))
-    whole = study(*product([a, b, Cell(name="c", config="x.py")], seeds(2)))
+    whole = study(*product([a, b, Cell(name="c", label="C, once", config="x.py")], seeds(2)))
     names = lambda *words: [cell.name for cell in whole.chosen(words)]
     assert names("headline") == ["a/seed=0", "a/seed=1", "b/seed=0", "b/seed=1"] == names("b")
     assert names("b/seed=1") == ["a/seed=1", "b/seed=1"]
+    assert names("seed=1") == ["a/seed=1", "b/seed=1", "c/seed=1"]
+    assert names("C, once") == ["c/seed=0", "c/seed=1"]
     assert len(names()) == 6
     with pytest.raises(ConfigError, match="did you mean 'headline'"):
         names("headlines")
