@@ -2,7 +2,8 @@
 
     (restore or initialise -> (batch -> step -> record -> evaluate -> checkpoint)* -> next stage)* -> final evaluation
 
-What a step computes is in `step.py`, what survives a restart in `state.py`, what a stage is in `curriculum.py`.
+What a step computes is in `step.py`, what survives a restart in `state.py`, what a stage is in `curriculum.py`, how one
+begins in `entry.py`.
 """
 
 from __future__ import annotations
@@ -16,33 +17,25 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import optax
-from jax.sharding import Mesh
 
 from irope_jax.checkpoint.native import CheckpointConfig, Checkpoints
-from irope_jax.core.config import ConfigError, from_dict, to_dict
-from irope_jax.core.hosts import StopRequest, agree, is_main_process
+from irope_jax.core.config import ConfigError, to_dict
+from irope_jax.core.hosts import is_main_process
 from irope_jax.core.progress import ProgressBar
 from irope_jax.core.records import NullWriter, RunWriter
+from irope_jax.core.stopping import StopRequest
 from irope_jax.core.watchdog import Watchdog, WatchdogConfig
 from irope_jax.evals.evaluator import Evaluator, Measurement
-from irope_jax.model.config import ModelConfig
 from irope_jax.model.cost import parameter_counts, train_flops_per_token
-from irope_jax.sharding.mesh import make_mesh
-from irope_jax.train.curriculum import Setting, Standing, judge, measured_before, restacked
-from irope_jax.train.feed import Feed, context_layout
+from irope_jax.train.curriculum import Setting, Standing, judge, measured_before
+from irope_jax.train.entry import Begun, enter
 from irope_jax.train.meter import Meter, Stopwatch
-from irope_jax.train.optimizer import Optimizer, OptimizerConfig, learning_rate, make_optimizer
+from irope_jax.train.optimizer import OptimizerConfig, learning_rate
 from irope_jax.train.profile import Profiler
-from irope_jax.train.spikes import GoBack, Ignore, Skip, SpikeDetector, SpikePolicy
+from irope_jax.train.spikes import GoBack, Ignore, Skip, SpikePolicy
 from irope_jax.train.state import (
     TrainState,
-    beside,
     evaluation_params,
-    init_state,
-    params_from,
-    start_from,
-    state_shardings,
 )
 from irope_jax.train.step import make_train_step
 
@@ -142,7 +135,7 @@ def train(
             if isinstance(over, GoBack):
                 over = _go_back(over, checkpoints, writer)
             with watch.during("start-up"):
-                begun = _enter(directory, settings, checkpoints, seed, over)
+                begun = enter(directory, settings, checkpoints, seed, over)
             with contextlib.closing(begun), contextlib.closing(profiler):
                 over = _train_stage(
                     begun, settings, checkpoints, stop, dog, writer, checkpoint.every, meta, watch, profiler
@@ -169,94 +162,8 @@ def _go_back(spike: GoBack, checkpoints: Checkpoints, writer: RunWriter | NullWr
     return spike
 
 
-@dataclass
-class _Begun:
-    """A stage that is about to be trained, or trained on: where it stands and all that it holds."""
-
-    setting: Setting
-    standing: Standing
-    mesh: Mesh
-    optimizer: Optimizer
-    rate: optax.Schedule
-    batches: Feed
-    state: TrainState
-    shardings: TrainState
-    detector: SpikeDetector
-    owed: bool
-    """An evaluation that a signal cut short."""
-
-    @property
-    def step(self) -> int:
-        return int(self.state.step)
-
-    def close(self) -> None:
-        self.batches.close()
-
-
-def _enter(
-    directory: str | Path,
-    settings: Sequence[Setting],
-    checkpoints: Checkpoints,
-    seed: int,
-    over: Standing | GoBack | None,
-) -> _Begun:
-    """The stage that the newest checkpoint is in, or is the beginning of.
-
-    `over` is what is known beyond it: that its stage is over, or that this is where training went back to.
-    """
-    shared = "the run directory must lie where every process sees it, on a shared file system"
-    latest = agree(f"{directory}: newest checkpoint", checkpoints.latest, shared)
-    saved = checkpoints.meta(latest) if latest is not None else {}
-    standing = (
-        over
-        if isinstance(over, Standing)
-        else from_dict(Standing, saved.get("curriculum", {}), f"{directory}.curriculum")
-    )
-    if standing.stage >= len(settings):
-        fix = f"the newest checkpoint is in stage {standing.stage}; the config has {len(settings)}"
-        raise ConfigError("config.stages", len(settings), fix)
-    there = setting = settings[standing.stage]
-    made_by = make_optimizer(there.train.optimizer, there.rate_steps, standing.rate_begins(there))
-    crosses = standing.ended and standing.stage + 1 < len(settings)
-    if crosses:
-        setting = settings[standing.stage + 1]
-        standing = standing.next(latest, there, setting)
-    begins = standing.rate_begins(setting)
-    optimizer = make_optimizer(setting.train.optimizer, setting.rate_steps, begins)
-    rate = learning_rate(setting.train.optimizer, setting.rate_steps, begins)
-    if optimizer.on_host and jax.default_backend() == "cpu":
-        fix = "a CPU has one memory, and XLA fails on two kinds of it; use 'device'"
-        raise ConfigError("config.train.optimizer.state.place", "host", fix)
-    mesh = make_mesh(setting.mesh)
-    batches = Feed(setting.data, context_layout(setting.model, setting.mesh), mesh)
-    abstract, shardings = state_shardings(setting.model, optimizer, mesh)
-    if latest is None:
-        state = init_state(setting.model, optimizer, mesh, seed)
-        if setting.train.init_from is not None:
-            params, step = params_from(setting.train.init_from, setting.model, mesh)
-            log.info("parameters from %s, step %d", setting.train.init_from, step)
-            state = start_from(state, params, optimizer, shardings)
-    else:
-        state, place, _ = checkpoints.restore(*state_shardings(there.model, made_by, mesh))
-        if crosses:
-            stacked = jax.eval_shape(lambda s: restacked(s, there.model, setting.model), state)
-            _check_carried(stacked, abstract, setting, standing.stage)
-            with jax.set_mesh(mesh):
-                move = jax.jit(lambda s: moved(s, there.model, setting, optimizer), out_shardings=shardings)
-                state = move(state)
-        if not crosses or setting.same_stream(there):
-            batches.set_state(place)
-        log.info("%s at step %d", f"stage {setting.stage.name} begins" if crosses else "resuming", int(state.step))
-    owed = saved.get("evaluation_owed", False) and not crosses
-    spike = over if isinstance(over, GoBack) else None
-    if spike is not None:
-        batches.skip(spike.batches(latest))
-    detector = SpikeDetector.at(setting.train.spikes, saved.get("spikes"), spike)
-    return _Begun(setting, standing, mesh, optimizer, rate, batches, state, shardings, detector, owed)
-
-
 def _train_stage(
-    begun: _Begun,
+    begun: Begun,
     settings: Sequence[Setting],
     checkpoints: Checkpoints,
     stop: StopRequest,
@@ -396,23 +303,6 @@ def _train_stage(
     writer.event(step, "spent", **watch.lap())
     writer.event(step, "finished", skipped=int(state.skipped), planned=sum(one.train.steps for one in settings))
     return Outcome(step)
-
-
-def _check_carried(has: TrainState, wants: TrainState, setting: Setting, number: int) -> None:
-    """Raises `ConfigError` if a stage is to carry on the state of another kind of optimizer."""
-    beside = lambda state: jax.tree.structure((state.opt_state, state.averaged))
-    if not setting.fresh_optimizer and beside(has) != beside(wants):
-        fix = "its optimizer keeps other things than that of the stage before; use 'reset'"
-        raise ConfigError(f"config.stages.{number}.optimizer_state", "carry", fix)
-
-
-def moved(state: TrainState, source: ModelConfig, setting: Setting, optimizer: Optimizer) -> TrainState:
-    """A state of the stage before as the next one takes it: stacked as its model, the optimizer fresh if reset."""
-    state = restacked(state, source, setting.model)
-    if not setting.fresh_optimizer:
-        return state
-    opt_state, averaged = beside(optimizer, state.params)
-    return state.replace(opt_state=opt_state, averaged=averaged)
 
 
 Measured = list[tuple[str, Measurement]]

@@ -14,7 +14,8 @@ import pytest
 
 from irope_jax.core import hosts
 from irope_jax.core.config import ConfigError
-from irope_jax.core.hosts import Hosts, StopRequest, agree, find_cluster, gather, hosts_from, initialise
+from irope_jax.core.hosts import Hosts, agree, find_cluster, gather, hosts_from, initialise
+from irope_jax.core.stopping import StopRequest
 
 ROOT = Path(__file__).parents[2]
 GIVEN = dict(coordinator="10.0.0.1:1234", process_id=1, num_processes=4, join_timeout=None)

@@ -8,11 +8,11 @@ import threading
 import jax
 import pytest
 
-from irope_jax.core import hosts
+from irope_jax.core import hosts, stopping
 from irope_jax.core.config import ConfigError
-from irope_jax.core.hosts import StopRequest
 from irope_jax.core.notices import NoticeWatch
 from irope_jax.core.pulse import SILENT, Pulse
+from irope_jax.core.stopping import StopRequest
 from irope_jax.core.watchdog import Watchdog, WatchdogConfig
 
 
@@ -159,7 +159,7 @@ def test_what_the_metadata_server_says(read, notice):
 
 
 def test_a_notice_stops_a_run_like_sigterm(monkeypatch):
-    monkeypatch.setattr(hosts, "_tpu_chips", lambda: True)
+    monkeypatch.setattr(stopping, "tpu_chips", lambda: True)
     monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)
     came = threading.Event()
 
@@ -167,7 +167,7 @@ def test_a_notice_stops_a_run_like_sigterm(monkeypatch):
         def __init__(self, called):
             super().__init__(lambda text: (called(text), came.set()), lambda entry: "TRUE")
 
-    monkeypatch.setattr(hosts, "NoticeWatch", Told)
+    monkeypatch.setattr(stopping, "NoticeWatch", Told)
     with StopRequest() as stop:
         assert came.wait()
         assert stop.signal == signal.SIGTERM and stop.ask()
