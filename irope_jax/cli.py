@@ -235,9 +235,9 @@ examples:
     report.add_argument(
         "--out",
         metavar="DIR",
-        help="where to write (default: report/ beside or inside the first run; a study's folder)",
+        help="where to write (default: report/ beside or in the first run; a study's folder; of a --scale its runs)",
     )
-    report.add_argument("--only", action="append", metavar="WORD", help="of a study: a tag, arm or cell; repeatable")
+    report.add_argument("--only", action="append", metavar="WORD", help="of a study: a tag, arm, cell or seed; repeats")
     report.add_argument("--scale", metavar="NAME", help="of a study: which size of it")
     report.add_argument("--runs", dest="runs_in", metavar="DIR", help="of a study: folder of its runs (runs/STUDY)")
     report.add_argument(

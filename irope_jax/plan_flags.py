@@ -5,6 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 
+CANDIDATES = 3
+"""Meshes that `--mesh=auto` compiles."""
+
 
 def add_plan(verb: Callable[..., argparse.ArgumentParser], epilog: str) -> None:
     plan = verb(
@@ -47,7 +50,11 @@ or this package's source has changed. --closed-form asks no compiler: it answers
         "--mesh", choices=("config", "auto"), default="config", help="that of the config (default), or the best found"
     )
     plan.add_argument(
-        "--candidates", type=int, default=3, metavar="N", help="meshes that --mesh=auto compiles (default: 3)"
+        "--candidates",
+        type=int,
+        default=CANDIDATES,
+        metavar="N",
+        help=f"meshes that --mesh=auto compiles (default: {CANDIDATES})",
     )
     plan.add_argument("--max-context", action="store_true", help="the longest power of two of tokens that fits")
     plan.add_argument(

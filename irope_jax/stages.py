@@ -31,8 +31,11 @@ def stage_experiments(experiment: Experiment) -> tuple[Experiment, ...]:
     own, so that it does not show the same texts in the same order.
 
     Raises:
-      ConfigError: a stage that changes what is not there, or what cannot be changed; names it.
+      ConfigError: a stage that changes what is not there, or what cannot be changed; names it. An evaluation that is
+        named and not there.
     """
+    for name in experiment.train.eval_during or ():
+        _check_evaluation(experiment, name, "config.train.eval_during")
     if not experiment.stages:
         return (experiment,)
     found, at = [], replace(experiment, stages=())
@@ -127,8 +130,6 @@ def settings_of(experiment: Experiment, device_count: int) -> list[Setting]:
     total, settings, built = sum(one.train.steps for one in found), [], {}
     for number, (one, stage) in enumerate(zip(found, stages, strict=True)):
         try:
-            for name in one.train.eval_during or ():
-                _check_evaluation(one, name, "config.train.eval_during")
             mesh = check_devices(one, device_count)
         except ConfigError as error:
             where = f"config.stages.{number}: " if stage else ""

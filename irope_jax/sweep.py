@@ -26,10 +26,11 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from irope_jax.core.config import ConfigError, differences, fingerprint, to_dict
+from irope_jax.core.config import ConfigError, differences, fingerprint, from_dict, to_dict
 from irope_jax.core.records import RECORDS_FILE, RecordError, Run, is_run, load_run
 from irope_jax.experiment import Experiment, load_config, resolve, run_file
 from irope_jax.launch import PROGRAM, STOPPED, end_with_parent
+from irope_jax.stages import stage_experiments
 from irope_jax.study.grid import Cell, Study
 from irope_jax.sweep_cluster import write_jobs
 
@@ -161,6 +162,7 @@ def work_of(cell: Cell, folder: Path, root: Path, study: Study) -> Work:
     command += [f"--config.{path}={value}" for path, value in assignments]
     try:
         experiment = resolve(load_config(config), assignments)
+        stage_experiments(experiment)
     except ConfigError as error:
         raise error.within(f"cell {cell.name}") from None
     return Work(cell, directory, command, experiment, root / LOGS / f"{cell.name.replace('/', '.')}.log")
@@ -197,12 +199,22 @@ def is_done(work: Work) -> bool:
     return is_of(run, work) and last is not None and last.name in ENDED
 
 
-def is_of(run: Run, work: Work) -> bool:
-    """Whether a run was made with the values of a cell; the folder of all runs may have moved since."""
+def asked_of(run: Run, work: Work) -> Experiment:
+    """What a cell asks for; the folder of all runs may have moved since the run was made."""
     experiment, before = work.experiment, run.config.get("train", {}).get("init_from")
     if work.cell.starts_from and str(before).endswith(f"/{work.cell.starts_from}"):
         experiment = replace(experiment, train=replace(experiment.train, init_from=before))
-    return run.fingerprint == fingerprint(experiment)
+    return experiment
+
+
+def is_of(run: Run, work: Work) -> bool:
+    """Whether a run was made with the values of a cell. A field that there was not yet had its default."""
+    asked = asked_of(run, work)
+    if run.fingerprint == fingerprint(asked):
+        return True
+    with contextlib.suppress(ConfigError):
+        return from_dict(Experiment, run.config) == asked
+    return False
 
 
 def changed(work: Work) -> str:
@@ -215,7 +227,7 @@ def changed(work: Work) -> str:
         return ""  # the cell itself will say what is wrong
     if is_of(run, work):
         return ""
-    lines = [line for line in differences(run.config, to_dict(work.experiment)) if "train.init_from:" not in line]
+    lines = differences(run.config, to_dict(asked_of(run, work)))
     more = f" and {len(lines) - 3} more" * (len(lines) > 3)
     what = f"made with other values than the grid has now ({'; '.join(lines[:3])}{more})"
     return f"{work.directory}: {what}; move it away and sweep again"

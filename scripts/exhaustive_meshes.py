@@ -30,9 +30,9 @@ STORED = ROOT / "tests" / "plan" / "meshes.json"
 CONFIG, TARGET = ROOT / "configs" / "llama3_8b.py", "v5e:16x16"
 
 
-def job_of(experiment: Experiment) -> Job:
+def job_of(experiment: Experiment, devices: int = target_size(TARGET)) -> Job:
     experiment = replace(experiment, evals=())
-    mesh = check_devices(experiment, target_size(TARGET))
+    mesh = check_devices(experiment, devices)
     return Job(model=experiment.model, data=experiment.data, train=experiment.train, mesh=mesh)
 
 
@@ -52,6 +52,9 @@ def main() -> int:
         rows.append(
             {
                 "label": one.label,
+                "mesh": one.job.mesh.sizes,
+                "layout": one.job.model.context.layout,
+                "remat": one.job.model.remat,
                 "by_hand": {"seconds": one.seconds, "total": one.by_hand.total},
                 "compiled": asdict(result) if isinstance(result, Figures) else None,
                 "why": None if isinstance(result, Figures) else result.why,

@@ -176,6 +176,11 @@ def test_tasks_of_a_cluster(place, capfd):
         ("def get_study(): return 3", "returned a int"),
         ("def get_study(): return 1 / 0", "ZeroDivisionError"),
         (GRID.replace('"train.steps": 4', '"train.stepz": 4'), r"cell arm/seed=0.*did you mean 'steps'"),
+        (GRID.replace('"train.steps": 4', '"train.eval_during": ("x",)'), r"cell arm/seed=0.*no such evaluation"),
+        (
+            GRID.replace('"train.steps": 4', '"stages": ({"name": "a", "steps": 1, "change": {"model.x": 1}},)'),
+            "stages.0",
+        ),
     ],
 )
 def test_a_mistake_in_a_grid_is_one_line_before_anything_runs(place, capfd, grid, error):
@@ -211,6 +216,17 @@ def test_a_sweep_that_trains_and_its_report(tmp_path, monkeypatch, capfd):
     assert [line.split()[0] for line in capfd.readouterr().out.splitlines()] == ["done", "other"]
     assert cli.main(["sweep", "grid.py", "--only=arm/seed=1"]) == 1
     assert "arm/seed=1: made with other values than the grid has now (train.steps: 4 -> 5)" in capfd.readouterr().err
+    _of_an_earlier_version()
+
+
+def _of_an_earlier_version():
+    """A run from before a field was there is one with its default."""
+    (work,) = (work for work in works() if work.cell.name == "start/seed=1")
+    path = work.directory / "config.json"
+    whole = json.loads(path.read_text())
+    del whole["config"]["train"]["eval_during"]
+    path.write_text(json.dumps({**whole, "fingerprint": "of other values"}))
+    assert sweep.is_done(work) and not sweep.changed(work)
 
 
 def _comparisons():

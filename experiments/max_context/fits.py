@@ -30,7 +30,7 @@ from irope_jax.core.config import ConfigError
 from irope_jax.experiment import Experiment, load_config, resolve
 from irope_jax.model.config import irope_layers
 from irope_jax.plan.analytic import closed_form
-from irope_jax.plan.job import Failure, Figures, Job, chip_of_target, roofline, target_size
+from irope_jax.plan.job import Failure, Figures, Job, chip_of_target, compiler_of_target, roofline, target_size
 from irope_jax.plan.measured import measure
 from irope_jax.plan.meshes import ROOM
 from irope_jax.plan.stored import recall, remember
@@ -130,9 +130,9 @@ def jobs(experiment: Experiment, kind: str, devices: int, length: int) -> Iterat
             yield Job(model=model, data=data, train=experiment.train, mesh=mesh, mode=mode, numbers=numbers)
 
 
-def counted(job: Job, weights: str | None) -> Figures:
+def counted(job: Job, weights: str | None, target: str) -> Figures:
     """By hand, with weights of so many bits."""
-    found = closed_form(job)
+    found = closed_form(job, compiler=compiler_of_target(target))
     if weights is None:
         return found
     smaller = found.parameters * (1 - BITS[weights] / 16)
@@ -146,7 +146,7 @@ def ways(experiment: Experiment, kind: str, target: str, length: int) -> list[tu
     chip, found = chip_of_target(target), []
     for job in jobs(experiment, kind, target_size(target), length):
         try:
-            figures = counted(job, KINDS[kind][1])
+            figures = counted(job, KINDS[kind][1], target)
         except ConfigError:
             continue  # cannot be cut so
         found.append((job, figures, roofline(figures, chip).in_turn))
@@ -255,9 +255,11 @@ def page(cells: dict[tuple, Cell]) -> str:
                 found = [said(cells.get((model, kind, target, length))) for length in LENGTHS]
                 lines.append(f"| {target} | {' | '.join(found)} |")
             text.append("\n".join(lines))
+    slow = any(CONFIRMED[tuple(row["key"])] == "slow" for row in rows)
+    asked = f" --compile={'all' if slow else 'quick'}" * bool(rows)
     text += [
         "## How this page was made",
-        "```bash\npython experiments/max_context/fits.py" + " --compile=quick" * bool(rows) + "\n```",
+        f"```bash\npython experiments/max_context/fits.py{asked}\n```",
     ]
     return "\n\n".join(text) + "\n"
 

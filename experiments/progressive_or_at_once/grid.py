@@ -5,11 +5,12 @@
     irope report experiments/progressive_or_at_once
 
 Every arm trains the same iRoPE model, 512 tokens a row and chunks of 128 at its end, on as many tokens of novels and
-facts, from the lesson of `what_irope_buys` (pairs at 32 tokens). What differs is the way there. An arm is one line of
-ARMS: a row of `(tokens of a row, chunk)`, each for an equal share of the steps; the learning rate's schedule spans all.
+facts, from the lesson of `what_irope_buys` (pairs at 32 tokens, chunks of 16). What differs is the way there. An arm is
+one line of ARMS: a row of `(tokens of a row, chunk)`, each for an equal share of the steps; the schedule of the
+learning rate spans all. Rows of any length have as many facts and questions a token. In rows of 128 tokens chunks of
+128 are none.
 """
 
-import math
 import sys
 from pathlib import Path
 
@@ -19,7 +20,6 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 from experiments.what_irope_buys import grid as parts
 
 LENGTH, CHUNK, STEPS, BATCH_TOKENS = 512, 128, 1200, 4096
-LOG_N = dict(kind="log_floor", floor_scale=LENGTH, attn_scale=1 / math.log(LENGTH))
 TIMES = (1, 4, 16)
 ON_THE_WAY = "on the way"
 EVALS = (
@@ -35,6 +35,14 @@ ARMS = {
 }
 
 
+def mixture(length: int) -> tuple:
+    """Texts and facts of `what_irope_buys`, where rows of 128 tokens have 1 to 16 facts and 3 to 16 questions."""
+    facts, text = parts.TRAINED_ON
+    times = length // parts.LENGTH
+    more = dict(num_facts=(1, 16 * times), num_queries=(3 * times, 16 * times))
+    return ({**facts, "source": {**facts["source"], **more}}, text)
+
+
 def stages(way: tuple[tuple[int, int], ...]) -> tuple[dict, ...]:
     return tuple(
         dict(
@@ -43,7 +51,7 @@ def stages(way: tuple[tuple[int, int], ...]) -> tuple[dict, ...]:
             length=length,
             batch_tokens=BATCH_TOKENS,
             schedule="run",
-            change={"model.pattern.*.mask.size": chunk},
+            change={"model.pattern.*.mask.size": chunk, "data.mixture": mixture(length)},
         )
         for length, chunk in way
     )
@@ -57,8 +65,8 @@ def get_study() -> Study:
             config=f"{parts.QUICKSTART}:irope",
             overrides={
                 "description": name,
-                "model.pattern": parts.irope(size=CHUNK, temperature=LOG_N),
-                "data.mixture": parts.TRAINED_ON,
+                "model.pattern": parts.irope(size=CHUNK, temperature=parts.log_n(2, LENGTH)),
+                "data.mixture": mixture(LENGTH),
                 "data.seq_len": LENGTH,
                 "data.batch_size": BATCH_TOKENS // LENGTH,
                 "train.steps": STEPS,
@@ -74,8 +82,8 @@ def get_study() -> Study:
         name="progressive_or_at_once",
         question="The same tokens as one long stage, with lengths that grow, or with windows that grow?",
         prediction="At the end all four are alike in loss at 512 tokens, within 0.02 nats. Growing lengths reach "
-        "retrieval first, counted in steps of equal tokens, since more of what a short row holds are questions; at "
-        "once comes last or, with some seed, not at all. Growing windows alone are no better than at once. Beyond 512 "
+        "retrieval first, counted in steps of equal tokens, since fewer facts compete in a short row; at once comes "
+        "last or, with some seed, not at all. Growing windows alone are no better than at once. Beyond 512 "
         "tokens nothing tells the arms apart that are right at 512. Shorter rows cost less time.",
         cells=product(arms, seeds(3, init_from="runs/what_irope_buys/lesson")),
     )

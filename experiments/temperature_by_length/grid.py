@@ -56,7 +56,7 @@ FAR = {
     "twice log-n, to a million": log_floor(2 * SCALE),
     "four times log-n, to a million": log_floor(4 * SCALE),
 }
-"""iRoPE arms of `what_irope_buys`, asked what they are asked there with 64 facts; added after the others were seen."""
+"""iRoPE arms of `what_irope_buys`, asked what its first round asked with 64 facts; added after the others were seen."""
 
 
 def cell(name: str, temperature: dict | None, **more) -> Cell:
@@ -91,7 +91,7 @@ def get_study() -> Study:
         "nothing at 128 to 8,192 tokens and are better beyond, 0.927 and 0.932 at 1,024 times with a quarter "
         "of the spread or less. With iRoPE arms that were trained on and 64 facts inside a chunk, a million "
         "tokens (8,192 times): log-n 0.946 (0.90 to 0.97), twice 0.978 (0.97 to 1.00), four times 0.978; 64 "
-        "questions a seed, asked after the others were seen, and the same questions as in what_irope_buys. "
+        "questions a seed, asked after the others were seen, and those of the first round of what_irope_buys. "
         "SSMax, 0.945 at 1,024 times after training on, equals log-n (0.945); Llama 4's rule on chunks does "
         "not (0.841). A model whose training length leaves its softmax less sharp than this one's, where "
         "twice log-n should begin to hurt at short lengths, would change our mind.",

@@ -31,13 +31,13 @@ NOPE, GLOBAL = dict(kind="nope"), dict(kind="global")
 CHUNK = LENGTH // 4
 
 
-def log_n(times: float) -> dict:
+def log_n(times: float, length: int = LENGTH) -> dict:
     """So many times the logarithm of the position in multiples of the training length, up to which it is 1."""
-    return dict(kind="log_floor", floor_scale=LENGTH, attn_scale=times / math.log(LENGTH))
+    return dict(kind="log_floor", floor_scale=length, attn_scale=times / math.log(length))
 
 
 TEMPERATURE = log_n(2)
-"""`temperature_by_length` found it better than log-n at 1,024 times and no worse below, asking other questions."""
+"""`temperature_by_length` found it better than log-n from 1,024 times on and no worse below."""
 
 
 def layer(position=ROPE, mask=GLOBAL, temperature=None) -> dict:

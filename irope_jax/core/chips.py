@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+ASSUMED_HOST = 16e9
+"""Of TPUs it is not published: PCIe 3 x16."""
+
 
 @dataclass(frozen=True)
 class Chip:
@@ -17,7 +20,7 @@ class Chip:
       link: bytes a second that one link sends.
       links: links that a collective of one mesh axis uses at a time: both directions of a ring of a TPU's torus; all of
         a GPU's are one, since a switch joins them.
-      host: bytes a second to the host's memory, each way. TPUs' is not published; PCIe 3 x16 is assumed.
+      host: bytes a second to the host's memory, each way.
     """
 
     bf16_flops: float
@@ -26,7 +29,7 @@ class Chip:
     bandwidth: float = 0.0
     link: float = 0.0
     links: int = 2
-    host: float = 16e9
+    host: float = ASSUMED_HOST
 
 
 CHIPS = {

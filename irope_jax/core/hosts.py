@@ -162,7 +162,7 @@ def initialise(hosts: Hosts) -> None:
             "process_id": hosts.process_id,
             "cluster_detection_method": "deactivate",
         }
-    # jax would take SIGTERM for itself and tell only those who ask it; `StopRequest` below does both.
+    # jax would take SIGTERM for itself and tell only those who ask it; `core.stopping.StopRequest` does both.
     jax.config.update("jax_enable_preemption_service", False)
     until = time.monotonic() + hosts.join_timeout
     if cluster is None and hosts.process_id == 0:

@@ -5,7 +5,8 @@
     kept         residual stream and attention's output of each layer, by remat preset; other choices are traced
     cache        `model.cache.cache_bytes`, cut
     sent         attention as `context.strategy` decides, weights gathered and gradients summed, experts, tensor parts
-    FLOPs        2 a weight and token forward, twice that backward; 4 N H a visible pair forward, 10 N H backward
+    FLOPs        2 a weight and token forward, twice that backward; 4 N H a visible pair forward, 10 N H
+                 backward, of splash's kernels 14
 
     working      what lives within a layer: a fit to what compilers allocate, within a fifth (`tests/plan/cells.json`)
 
@@ -142,7 +143,8 @@ def closed_form(job: Job, *, compiler: Compiler = "tpu") -> Figures:
         flops = _training_flops(job, held, kernels=compiler == "tpu")
         temporaries = kept + parameters + working_bytes(job, held)  # those in the middle are gradients
         return Figures(
-            parameters=parameters, optimizer=optimizer, kept=kept, host=host + offloaded, temporaries=temporaries,
+            parameters=parameters, optimizer=optimizer, kept=kept, host=host + offloaded,
+            host_traffic=2.0 * (host + offloaded * job.train.accumulate), temporaries=temporaries,
             total=parameters + optimizer + temporaries, flops=flops, traffic=traffic, sent=sent,
             sent_by=dict(sorted(sent_by.items())),
         )  # fmt: skip

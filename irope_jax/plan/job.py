@@ -71,6 +71,7 @@ class Figures:
       parameters, optimizer, cache: held from step to step.
       kept: activations that wait on the device for the backward pass of their layer.
       host: bytes in the host's memory, moments and offloaded activations.
+      host_traffic: bytes that go there and come back in a step.
       temporaries: all that a step holds beside what it is given, `kept` included.
       total: most that is allocated at once: arguments, temporaries and what comes out in a place of its own.
       flops: matrix products, those inside kernels included.
@@ -87,6 +88,7 @@ class Figures:
     cache: int = 0
     kept: int | None = None
     host: int = 0
+    host_traffic: float = 0.0
     temporaries: int | None = None
     total: int | None = None
     flops: float = 0.0
@@ -162,11 +164,18 @@ def target_size(target: str) -> int | None:
     return math.prod(map(int, parts)) if shape and all(part.isdecimal() for part in parts) else None
 
 
+def timed(compiled: Figures | Failure | None, by_hand: Figures) -> Figures:
+    """The compiler's figures; FLOPs by hand where its program has loops of unknown length, as decoding has."""
+    if not isinstance(compiled, Figures):
+        return by_hand
+    return replace(compiled, flops=max(compiled.flops, by_hand.flops)) if compiled.unknown_trips else compiled
+
+
 def roofline(figures: Figures, chip: Chip) -> Roofline:
-    """A permute to a neighbour uses one link; other collectives both directions of one ring (`Chip.links`). What is in
-    the host's memory goes there and comes back.
+    """A permute to a neighbour uses one link; other collectives both directions of one ring (`Chip.links`). The
+    rate to the host is `Chip.host`.
     """
     link = lambda kind: chip.link * (1 if kind == "collective-permute" else chip.links)
     network = sum(count / link(kind) for kind, count in figures.sent.items())
     memory = None if figures.traffic is None else figures.traffic / chip.bandwidth
-    return Roofline(figures.flops / chip.bf16_flops, memory, network, host=2 * figures.host / chip.host)
+    return Roofline(figures.flops / chip.bf16_flops, memory, network, host=figures.host_traffic / chip.host)

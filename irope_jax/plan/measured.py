@@ -99,7 +99,7 @@ def _here(tree) -> tuple[int, int]:
 def read(job: Job, compiled: jax.stages.Compiled, held: dict[str, int], seconds: tuple[float, float]) -> Figures:
     """The figures of a compiled step."""
     text, memory = compiled.as_text(), compiled.memory_analysis()
-    cost = analyse(text)
+    cost, by_hand = analyse(text), closed_form(job)
     inside = kernel_flops(job, cost)
     fresh = memory.output_size_in_bytes - memory.alias_size_in_bytes
     given = memory.argument_size_in_bytes
@@ -115,7 +115,8 @@ def read(job: Job, compiled: jax.stages.Compiled, held: dict[str, int], seconds:
         total=total,
         flops=cost.matmul_flops_max + inside,
         kernel_flops=inside,
-        traffic=closed_form(job).traffic,
+        host_traffic=by_hand.host_traffic,
+        traffic=by_hand.traffic,
         sent=cost.collective_bytes,
         sent_by=dict(sorted(cost.bytes_by("layer").items())),
         seconds=seconds,

@@ -10,7 +10,7 @@ from typing import Any
 from irope_jax.core.chips import Chip
 from irope_jax.core.config import ConfigError
 from irope_jax.model.moe import MoE
-from irope_jax.plan.job import Failure, Figures, Job, Mode, roofline
+from irope_jax.plan.job import Failure, Figures, Job, Mode, roofline, timed
 from irope_jax.sharding.mesh import AXES, MeshConfig
 
 ROOM = 0.95
@@ -105,10 +105,14 @@ def _judged(job: Job, by_hand: Figures, chip: Chip | None) -> Candidate:
     """A contiguous layout makes the last device of a ring do twice the mean work of layers that see everything."""
     if chip is None:
         return Candidate(job, by_hand, by_hand.sent_bytes + by_hand.flops * 1e-3, True)
-    found = roofline(by_hand, chip)
+    return Candidate(job, by_hand, _seconds(job, by_hand, chip), by_hand.total <= ROOM * chip.memory)
+
+
+def _seconds(job: Job, figures: Figures, chip: Chip) -> float:
+    found = roofline(figures, chip)
     if job.mesh.context > 1 and job.model.context.layout == "contiguous" and job.mode == "train":
         found = replace(found, compute=1.5 * found.compute)
-    return Candidate(job, by_hand, found.in_turn, by_hand.total <= ROOM * chip.memory)
+    return found.in_turn
 
 
 Result = tuple[Candidate, Figures | Failure | None]
@@ -118,7 +122,9 @@ Result = tuple[Candidate, Figures | Failure | None]
 def step_seconds(result: Result, chip: Chip | None) -> float:
     """Of the compiled step, else by hand."""
     one, figures = result
-    return roofline(figures, chip).in_turn if isinstance(figures, Figures) and chip else one.seconds
+    if not isinstance(figures, Figures) or chip is None:
+        return one.seconds
+    return _seconds(one.job, timed(figures, one.by_hand), chip)
 
 
 def ranked(results: Sequence[Result], chip: Chip | None) -> list[Result]:
@@ -142,5 +148,6 @@ def ranked_lines(results: Sequence[Result], chip: Chip | None) -> list[str]:
         held = figures.total if isinstance(figures, Figures) else one.by_hand.total
         seconds = step_seconds(result, chip)
         said = f"does not compile: {figures.why}" if isinstance(figures, Failure) else f"{held / 1e9:.1f} GB"
+        said += " does not fit" * (chip is not None and not isinstance(figures, Failure) and held > chip.memory)
         lines.append(f"{place:>3}  {one.label}: {said}, {seconds:.2f} s a step" + " by hand" * (figures is None))
     return [*lines, "to paste:", *(f"    {line}" for line in results[0][0].lines)]

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
+from dataclasses import asdict
 
-from irope_jax.core.chips import Chip
-from irope_jax.plan.job import Failure, Figures, Job, Roofline, roofline
+from irope_jax.core.chips import ASSUMED_HOST, Chip
+from irope_jax.plan.job import Failure, Figures, Job, Roofline, roofline, timed
 
 FLAG = 0.10
 """A larger difference between the two is marked."""
@@ -36,13 +36,6 @@ def plan_lines(
     if compiled is not None and compiled.seconds:
         lines.append(f"  traced in {compiled.seconds[0]:.0f} s, compiled in {compiled.seconds[1]:.0f} s")
     return lines
-
-
-def timed(compiled: Figures | Failure | None, by_hand: Figures) -> Figures:
-    """The compiler's figures; FLOPs by hand where its program has loops of unknown length, as decoding has."""
-    if not isinstance(compiled, Figures):
-        return by_hand
-    return replace(compiled, flops=max(compiled.flops, by_hand.flops)) if compiled.unknown_trips else compiled
 
 
 def _memory(chip: Chip | None, compiled: Figures | None, by_hand: Figures) -> list[str]:
@@ -109,7 +102,7 @@ def _time(figures: Figures, chip: Chip) -> list[str]:
         ("network", found.network, f"{chip.link / 1e9:.0f} GB/s a link, {chip.links} for a collective"),
     ]
     if found.host:
-        rates.append(("host", found.host, f"{chip.host / 1e9:.0f} GB/s"))
+        rates.append(("host", found.host, f"{chip.host / 1e9:.0f} GB/s" + " (assumed)" * (chip.host == ASSUMED_HOST)))
     words = [f"{name} {_seconds(seconds)} at {rate}" for name, seconds, rate in rates if seconds is not None]
     bound = f"bound by {found.bound}: at least {_seconds(found.seconds)} a step"
     return [f"time: {'; '.join(words)} ({chip.source})", bound]
@@ -133,7 +126,7 @@ def as_values(job: Job, target: str, chip: Chip | None, compiled: Figures | Fail
         "compiled": asdict(compiled) if isinstance(compiled, Figures) else None,
         "error": asdict(compiled) if isinstance(compiled, Failure) else None,
         "chip": None if chip is None else asdict(chip),
-        "roofline": None if found is None else {**asdict(found), "bound": found.bound},
+        "roofline": None if found is None else {**asdict(found), "bound": found.bound, "in_turn": found.in_turn},
     }  # fmt: skip
     if chip is not None:
         values["fits"] = not isinstance(compiled, Failure) and best.total <= chip.memory

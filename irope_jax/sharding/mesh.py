@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import jax
+import numpy as np
 from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
@@ -87,17 +88,28 @@ class MeshConfig:
 def make_mesh(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The `jax.sharding.Mesh` of a config over `devices` (all devices of all processes by default).
 
+    Raises:
+      ConfigError: as `arranged`.
+    """
+    devices = devices if devices is not None else jax.devices()
+    return Mesh(arranged(config, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def arranged(config: MeshConfig, devices: Sequence[jax.Device]) -> np.ndarray:
+    """Devices in the shape of a config, neighbours in the hardware where an axis asks for it.
+
     An axis of a TPU's torus is split where sizes ask for it, as 8 x 8 of 4 x 4 x 4, which `jax.make_mesh` refuses.
 
     Raises:
-      ConfigError: the axes do not multiply to the number of devices, or these are of several slices.
+      ConfigError: the axes do not multiply to the number of devices, or these are TPUs of several slices.
     """
-    devices = list(devices) if devices is not None else jax.devices()
+    devices = list(devices)
     config = config.fill(len(devices))
-    if (slices := len({getattr(device, "slice_index", 0) for device in devices})) > 1:
+    # Of GPUs, machines count as slices.
+    slices = len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"})
+    if slices > 1:
         raise ConfigError("mesh", config.sizes, f"the devices are of {slices} slices; start a run on one of them")
-    arranged = create_device_mesh(tuple(config.sizes.values()), devices, allow_split_physical_axes=True)
-    return Mesh(arranged, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return create_device_mesh(tuple(config.sizes.values()), devices, allow_split_physical_axes=True)
 
 
 def abstract_mesh(config: MeshConfig) -> AbstractMesh:

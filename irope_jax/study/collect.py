@@ -233,12 +233,18 @@ def together(arms: Sequence[Arm], kind: str) -> list[Arm]:
 def further(arms: Sequence[Arm], kind: str) -> list[tuple[str, list[Arm]]]:
     """Evaluations of a kind beside those that `together` shows: their names, and arms for which each speaks.
 
-    What was taken only to follow the training (`train.eval_during`) is `study.reach`'s.
+    What was taken only to follow the training (`train.eval_during`), at its length, is `study.reach`'s.
     """
     shown = {arm.label for arm in together(arms, kind)}
-    following = {name for arm in arms for name in lookup(arm.run.config, "train", "eval_during") or ()}
-    names = dict.fromkeys(n for arm in arms for n in arm.evaluations(kind)[arm.label in shown :] if n not in following)
+    own = {arm.label: [n for n in arm.evaluations(kind)[arm.label in shown :] if not _follows(arm, n)] for arm in arms}
+    names = dict.fromkeys(name for arm in arms for name in own[arm.label])
     return [(name, [_only(arm, kind, name) for arm in arms if name in arm.evaluations(kind)]) for name in names]
+
+
+def _follows(arm: Arm, evaluation: str) -> bool:
+    lengths = {m.where.get("length") for m in arm.run.evals if m.evaluation == evaluation}
+    named = lookup(arm.run.config, "train", "eval_during") or ()
+    return evaluation in named and lengths == {arm.training_length}
 
 
 def _only(arm: Arm, kind: str, name: str) -> Arm:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from irope_jax.core.records import Run
 from irope_jax.study.collect import Arm, aggregate
-from irope_jax.study.tables import ABSENT, Table
+from irope_jax.study.tables import Table
 
 ACCURACIES = (0.5, 0.9, 0.97)
 
@@ -45,9 +45,9 @@ def _reached(courses: Sequence[dict[int, float]], accuracy: float) -> str:
         below = [step for step, value in course.items() if not value >= accuracy]
         after = [step for step in course if not below or step > below[-1]]
         found += after[:1]
-    never = len(courses) - len(found)
+    never, longest = len(courses) - len(found), max(map(max, courses))
     if not found:
-        return f"not in {max(courses[0]):,}"
+        return f"not in {longest:,}"
     spread = f" ({min(found):,}–{max(found):,})" if len(found) > 1 else ""
-    missing = f", {never} of {len(courses)} not in {max(courses[0]):,}" if never else ""
-    return f"{statistics.fmean(found):,.0f}{spread}{missing}" if found else ABSENT
+    missing = f", {never} of {len(courses)} not in {longest:,}" if never else ""
+    return f"{statistics.fmean(found):,.0f}{spread}{missing}"

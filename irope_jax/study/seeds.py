@@ -30,10 +30,12 @@ def pooled_arm(index: int, label: str, runs: Sequence[Run], description: str = "
                 "of one grid, or report the runs one by one"
             )
     config = {**first.config, "name": label} | ({"description": description} if description else {})
+    if len(runs) == 1:
+        return Arm(index, label, replace(first, config=config))
     last = max(run.last_step for run in runs)
     evals = [m for run in runs for m in _last_measured(run, last)]
     whole = Run(first.directory, config, first.fingerprint, _mean_losses(runs), evals, first.events)
-    return Arm(index, label, whole, tuple(runs) if len(runs) > 1 else ())
+    return Arm(index, label, whole, tuple(runs))
 
 
 def _last_measured(run: Run, step: int) -> list[Measurement]:
@@ -46,8 +48,6 @@ def _last_measured(run: Run, step: int) -> list[Measurement]:
 
 def _mean_losses(runs: Sequence[Run]) -> list[TrainRecord]:
     """Scalars that all runs recorded, averaged at the steps that all of them have."""
-    if len(runs) == 1:
-        return runs[0].train
     by_step = [{record.step: record for record in run.train} for run in runs]
     found = []
     for step in sorted(set.intersection(*(set(one) for one in by_step))):

@@ -53,17 +53,22 @@ def stages_of(run: Run) -> list[Stage]:
 
 
 def stages_table(arm: Arm) -> Table | None:
-    """Rows = stages, columns = what was measured when they ended. `None` for a run of one piece."""
-    run, stages = arm.run, stages_of(arm.run)
+    """Rows = stages, columns = what was measured when they ended: of several seeds the means, of gates the first's.
+
+    `None` for a run of one piece.
+    """
+    runs = arm.seeds or (arm.run,)
+    stages = stages_of(runs[0])
     if not stages:
         return None
     names = {kind: (arm.evaluations(kind) or [None])[0] for kind in ("perplexity", "retrieval")}
-    losses = [_by_length(run, names["perplexity"], "nll_by_length", stage.end) for stage in stages]
-    right = [_by_length(run, names["retrieval"], "accuracy", stage.end) for stage in stages]
+    ends = list(zip(*([stage.end for stage in stages_of(run)] for run in runs)))
+    losses = [_by_length(runs, names["perplexity"], "nll_by_length", own) for own in ends]
+    right = [_by_length(runs, names["retrieval"], "accuracy", own) for own in ends]
     loss_lengths, right_lengths = (sorted({length for one in found for length in one}) for found in (losses, right))
     rows = []
     for stage, loss, accuracy in zip(stages, losses, right):
-        own = [r.scalars["loss"] for r in run.train if stage.begin < r.step <= stage.end and "loss" in r.scalars]
+        own = [r.scalars["loss"] for r in arm.run.train if stage.begin < r.step <= stage.end and "loss" in r.scalars]
         own = [value for value in own[-max(1, len(own) // 20) :] if math.isfinite(value)]
         cells = [f"{nll(loss[n])} ({perplexity(loss[n])})" if n in loss else ABSENT for n in loss_lengths]
         cells += [f"{accuracy[n]:.3f}" if n in accuracy else ABSENT for n in right_lengths]
@@ -75,12 +80,13 @@ def stages_table(arm: Arm) -> Table | None:
     return Table(f"Stages of {arm.label}, measured as each ended", columns, tuple(rows))
 
 
-def _by_length(run: Run, evaluation: str | None, name: str, step: int) -> dict[int, float]:
-    """Means by context length of what was measured at a step."""
+def _by_length(runs: Sequence[Run], evaluation: str | None, name: str, steps: Sequence[int]) -> dict[int, float]:
+    """Means by context length of what was measured at a step of each run."""
     found: dict[int, list[Measurement]] = {}
-    for one in run.evals:
-        if one.step == step and one.evaluation == evaluation and one.name == name and "length" in one.where:
-            found.setdefault(int(one.where["length"]), []).append(one)
+    for run, step in zip(runs, steps, strict=True):
+        for one in run.evals:
+            if one.step == step and one.evaluation == evaluation and one.name == name and "length" in one.where:
+                found.setdefault(int(one.where["length"]), []).append(one)
     return {length: _mean(cells) for length, cells in found.items()}
 
 

@@ -54,7 +54,8 @@ class TrainConfig:
       log_every: steps between recorded scalars.
       by_layer: record also the norms of gradients, updates and parameters of each layer's two parts.
       eval_every: steps between evaluations; None evaluates only at the end.
-      eval_during: names of the evaluations taken every so many steps, the others only at the end; None takes all.
+      eval_during: names of the evaluations taken every so many steps, and not the others; None takes all. At the end of
+        the run and of each of its stages all are taken.
       max_skipped_in_a_row: skipped steps in a row after which the run stops with an error.
       spikes: what happens when the recorded loss jumps: `ignore`, `skip` updates, or `roll_back` and jump the data.
       watchdog: when a run that does not move says where it stands.
@@ -79,6 +80,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(name, value, "must be at least 1")
+        if self.eval_during is not None and self.eval_every is None:
+            raise ConfigError("eval_during", self.eval_during, "says which of them; set eval_every to say when")
         try:
             learning_rate(self.optimizer, self.steps)
         except ConfigError as error:

@@ -1,9 +1,11 @@
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
 
 from irope_jax.core.config import ConfigError
-from irope_jax.sharding.mesh import AXES, MeshConfig, make_mesh
+from irope_jax.sharding.mesh import AXES, MeshConfig, arranged, make_mesh
 from tests.topologies import tpu_mesh
 
 
@@ -46,10 +48,10 @@ def test_an_axis_of_a_torus_is_split_where_sizes_ask_for_it():
     assert {tuple(sorted(span.tolist())) for span in spans} == {(0, 1, 3)}
 
 
-def test_devices_of_several_slices_are_refused():
-    class Chip:
-        def __init__(self, slice_index):
-            self.slice_index = slice_index
-
+def test_tpus_of_several_slices_are_refused_and_gpus_of_several_machines_are_not():
+    devices = lambda platform: [
+        SimpleNamespace(platform=platform, device_kind=platform, slice_index=i, process_index=i, id=i) for i in (0, 1)
+    ]
     with pytest.raises(ConfigError, match="of 2 slices"):
-        make_mesh(MeshConfig(), [Chip(0), Chip(1)])
+        make_mesh(MeshConfig(), devices("tpu"))
+    assert arranged(MeshConfig(), devices("gpu")).shape == (2, 1, 1, 1, 1)

@@ -1,7 +1,9 @@
+from dataclasses import replace
+
 import pytest
 
 from irope_jax.core.records import RecordError, RunWriter, load_run
-from irope_jax.study.collect import retrieval
+from irope_jax.study.collect import further, retrieval
 from irope_jax.study.html import write_html
 from irope_jax.study.reach import steps_table
 from irope_jax.study.report import write_page
@@ -91,4 +93,10 @@ def test_steps_until_retrieval_are_those_after_which_it_stayed(tmp_path):
     assert table.rows == (("arm", "3 (2–3)", "4 (3–4), 1 of 3 not in 4", "4, 2 of 3 not in 4"),)
     text = write_page([arm], tmp_path / "out", title="Q?", command="irope report x").read_text()
     assert table.title in text and "### on the way" not in text
-    assert steps_table([pooled_arm(0, "arm", [run(tmp_path / "once", 0, (1.0, 0.5))])]) is None
+    alone = pooled_arm(0, "alone", [load_run(runs[1].directory)])
+    assert steps_table([alone]).rows == (("alone", "3", "3", "4"),)
+    assert further([arm, alone], "retrieval") == []
+    ordinary = replace(alone, run=replace(alone.run, config={**alone.run.config, "train": {"steps": 4}}))
+    assert [name for name, _ in further([arm, ordinary], "retrieval")] == ["on the way"]
+    ends_only = replace(alone.run, evals=[m for m in alone.run.evals if m.evaluation == "retrieval" and m.step == 4])
+    assert steps_table([replace(alone, run=ends_only)]) is None

@@ -38,7 +38,7 @@ class Notes(NullWriter):
         self._note("train", step, scalars)
 
     def measure(self, step, evaluation, name, value, count, where=None):
-        self._note("measure", step, name, value)
+        self._note("measure", step, name, value, evaluation)
 
     def event(self, step, name, /, **details):
         self._note(name, step, details)
@@ -50,20 +50,21 @@ class Notes(NullWriter):
 class Fingerprints:
     """An evaluation without a model: two numbers that no two sets of parameters share."""
 
-    name = "fingerprints"
+    def __init__(self, name="fingerprints"):
+        self.name = name
 
     def run(self, params):
         for name, leaf in (("first", jax.tree.leaves(params)[0]), ("last", jax.tree.leaves(params)[-1])):
             yield Measurement(name, float(np.abs(np.asarray(leaf, np.float64)).sum()), 1)
 
 
-def go(directory, *overrides, writer=None, stop_at=None):
+def go(directory, *overrides, writer=None, stop_at=None, evaluators=None):
     experiment = tiny.experiment(*overrides)
     writer = writer or Notes(stop_at)
     settings = settings_of(experiment, jax.device_count())
     outcome = train(
         directory,
-        [replace(setting, evaluators=[Fingerprints()]) for setting in settings],
+        [replace(setting, evaluators=evaluators or [Fingerprints()]) for setting in settings],
         checkpoint=experiment.checkpoint,
         seed=experiment.seed,
         writer=writer,
@@ -105,9 +106,17 @@ def test_what_an_uninterrupted_run_does_in_which_order(whole):
     assert all(seconds >= 0 for _, spent in told for seconds in spent.values())
 
 
-def test_evaluations_that_are_not_named_to_be_taken_on_the_way_are_taken_at_the_end(tmp_path):
-    _, notes = go(tmp_path, ("train.eval_during", "('retrieval',)"))
-    assert notes.steps("measure") == [6, 6]
+def test_only_evaluations_that_are_named_are_taken_on_the_way_and_all_at_the_end(tmp_path):
+    """Cut in the one on the way, it is done again, and the other is still taken at the end only."""
+    evaluators = [Fingerprints(), Fingerprints("retrieval")]
+    named, directory = ("train.eval_during", "('retrieval',)"), tmp_path / "run"
+    outcome, notes = go(directory, named, evaluators=evaluators, stop_at=("measure", 3))
+    assert outcome.stopped_by and notes.steps("measure") == [3]
+    _, notes = go(directory, named, evaluators=evaluators)
+    taken = [(call[1], call[4]) for call in notes.calls if call[0] == "measure"]
+    assert taken == [(3, "retrieval")] * 2 + [(6, "fingerprints")] * 2 + [(6, "retrieval")] * 2
+    with pytest.raises(ConfigError, match=r"eval_during.*set eval_every"):
+        tiny.experiment(named, ("train.eval_every", "None"))
     with pytest.raises(ConfigError, match=r"config.train.eval_during='retreival'.*did you mean 'retrieval'"):
         settings_of(tiny.experiment(("train.eval_during", "('retreival',)")), jax.device_count())
 
