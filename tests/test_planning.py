@@ -1,6 +1,7 @@
 """`irope plan` on the command line."""
 
 import json
+import re
 
 import pytest
 
@@ -64,6 +65,9 @@ def test_a_picture_and_the_best_mesh_and_the_longest_context(capsys, tmp_path):
     scout = ["plan", "--config=configs/llama4_scout.py:1m", "--target=v5p:4x4x4", "--closed-form", "--max-context"]
     assert main(scout) == 0
     assert "the longest that fits is" in capsys.readouterr().out
+    for more, why in ((["--config.mesh.context=4"], r"8,192 tokens: \S+ GB of 95 by hand"), ([], r"mesh.context")):
+        assert main([*scout, "--target=v5p:2x2x1", *more]) == 0
+        assert re.search(f"{why}.*\nv5p:2x2x1: no length fits", capsys.readouterr().out)
 
 
 def test_the_compiler_is_asked_once(capsys):

@@ -24,7 +24,8 @@ def longest(
       build: the job of a length; raises `ConfigError` where something does not divide.
       compile_job: its compiled figures, or None without a compiler.
     """
-    tried, power = [], _greatest(build, chip)
+    tried: list[str] = []
+    power = _greatest(build, chip, tried)
     while power is not None and power > 0:
         length = 1 << power
         try:
@@ -45,23 +46,28 @@ def longest(
     return None, tried
 
 
-def _greatest(build: Callable[[int], Job], chip: Chip) -> int | None:
-    """The greatest power of two that fits by hand; None if none does."""
+def _greatest(build: Callable[[int], Job], chip: Chip, tried: list[str]) -> int | None:
+    """The greatest power of two that fits by hand; None if none does, and `tried` is told why."""
 
-    def fits(power: int) -> bool | None:
+    errors = []
+
+    def total(power: int) -> float | None:
         try:
-            return closed_form(build(1 << power)).total <= chip.memory
-        except ConfigError:
+            return closed_form(build(1 << power)).total
+        except ConfigError as error:
+            errors.append(error)
             return None  # too short to be cut so
 
-    low, high = 0, LARGEST
-    possible = [power for power in (LARGEST, *range(10, LARGEST)) if fits(power) is not None]
+    possible = [power for power in (LARGEST, *range(10, LARGEST)) if total(power) is not None]
     if not possible:
+        tried.append(f"no power of two: {errors[-1]}")
         return None
-    low = min(possible)
-    if not fits(low):
+    low, high = min(possible), LARGEST
+    if (least := total(low)) > chip.memory:
+        tried.append(f"{1 << low:,} tokens: {least / 1e9:.1f} GB of {chip.memory / 1e9:.0f} by hand")
         return None
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle - 1)
+        found = total(middle)
+        low, high = (middle, high) if found is not None and found <= chip.memory else (low, middle - 1)
     return low
