@@ -2,9 +2,10 @@
 
     STEP/checksums.json   {"files": {"meta/metadata": [SIZE, SHA256], ...}, "format": 1, "sum": SHA256 of "files"}
 
-Orbax writes the time into its own `_CHECKPOINT_METADATA` once more at the very end: that file is compared but for the
-time. A file that is shorter, changed or gone is found by it, also where the format that stores the arrays would read it
-without a word. Files that are not in the list do not matter. No jax: any machine can judge a checkpoint.
+Orbax writes its own `_CHECKPOINT_METADATA` in a thread of its own, beside the rest and once more, with the time, at the
+very end: the list waits for all of it but the time, and it is compared but for that. A file that is shorter, changed or
+gone is found by it, also where the format that stores the arrays would read it without a word. Files that are not in
+the list do not matter. No jax: any machine can judge a checkpoint.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,8 +27,17 @@ _COMMITTED = "commit_timestamp_nsecs"
 _THREADS = 8
 
 
-def write_list(directory: Path) -> None:
-    """List every file below `directory`; the list is there whole or not at all."""
+def write_list(directory: Path, patience: float = 120.0) -> None:
+    """List every file below `directory`; the list is there whole or not at all.
+
+    Raises:
+      TimeoutError: orbax's metadata are not whole after `patience` seconds.
+    """
+    until = time.monotonic() + patience
+    while not _described(directory):
+        if time.monotonic() > until:
+            raise TimeoutError(f"{directory / _METADATA} is not whole after {patience:g} s")
+        time.sleep(0.01)
     names = sorted(_names(directory))
     sums = _all(directory, names)
     temporary = directory / f".{LIST}"
@@ -74,6 +85,14 @@ def fault(directory: Path) -> str | None:
         return f"{error.filename} cannot be read ({error.strerror})"
     changed = [name for name, found in zip(wanted, sums, strict=True) if found != wanted[name]]
     return f"{changed[0]} is not what was written (checksum)" if changed else None
+
+
+def _described(directory: Path) -> bool:
+    """Whether orbax has written what each item is: the last that it adds, but for the time."""
+    try:
+        return bool(json.loads((directory / _METADATA).read_bytes())["item_handlers"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _names(directory: Path) -> Iterable[str]:

@@ -123,7 +123,8 @@ def train(
     `profiler` traces some steps; what is trained does not depend on it.
 
     Raises:
-      TrainingError: too many non-finite steps in a row, or a gate that did not open and must.
+      TrainingError: too many non-finite steps in a row, a gate that did not open and must, or a stage that has left no
+        whole checkpoint for the next one.
       DisagreementError: processes that do not see the same run directory.
       CheckpointError: a checkpoint or `init_from` that cannot be read.
     """
@@ -299,6 +300,11 @@ def _train_stage(
     with watch.during("checkpoint"):
         checkpoints.wait()
     if not final:
+        if checkpoints.latest != step:
+            raise TrainingError(
+                f"step {step}: stage {setting.stage.name!r} has left no whole checkpoint; free space or look after the "
+                "disk, then give the same command again: training goes on from the one before"
+            )
         return now(True, found)
     done = {name for name, _ in found}
     if measure(step, [e for e in setting.evaluators if e.name not in done]) is None:

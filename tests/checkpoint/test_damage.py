@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import shutil
+import threading
 
 import jax
 import numpy as np
@@ -73,6 +74,20 @@ def test_every_file_counts(run, damage):
         assert fault is not None and path.name in fault, (path, fault)
         path.write_bytes(kept)
     assert checksums.fault(run / CHECKPOINTS / "3") is None
+
+
+def test_the_list_waits_for_metadata_that_orbax_writes_beside_it(tmp_path):
+    """Listed too early, a whole checkpoint would later pass for damaged."""
+    file, whole = tmp_path / "_CHECKPOINT_METADATA", {"item_handlers": {"state": "x"}, "commit_timestamp_nsecs": None}
+    file.write_text(json.dumps({"item_handlers": None, "commit_timestamp_nsecs": None}))
+    with pytest.raises(TimeoutError, match="not whole"):
+        checksums.write_list(tmp_path, patience=0.0)
+    later = threading.Timer(0.3, lambda: file.write_text(json.dumps(whole)))
+    later.start()
+    checksums.write_list(tmp_path)
+    later.join()
+    file.write_text(json.dumps(whole | {"commit_timestamp_nsecs": 7}))
+    assert checksums.fault(tmp_path) is None
 
 
 def test_every_byte_of_the_list_counts(run):

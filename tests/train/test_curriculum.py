@@ -5,6 +5,7 @@ from dataclasses import replace
 import jax
 import pytest
 
+from irope_jax.checkpoint import checksums
 from irope_jax.core.config import ConfigError, to_dict
 from irope_jax.core.numerics import assert_equal_trees
 from irope_jax.evals.evaluator import Measurement
@@ -122,6 +123,24 @@ def test_cut_in_a_stage_or_at_its_border_it_ends_as_if_nothing_had_been(tmp_path
         assert_equal_trees(got, want)
     last = lambda notes: [call for call in notes.calls if call[0] == "measure" and call[1] == 8]
     assert last(notes) == last(whole[2])
+
+
+def test_a_stage_does_not_begin_from_another_checkpoint_than_that_at_its_border(tmp_path, monkeypatch, whole):
+    """One that is damaged as it is written; the same command then ends as if nothing had been."""
+    written = checksums.write_list
+
+    def harmed(directory):
+        written(directory)
+        if directory.name.partition(".")[0] == "3":
+            (directory / "meta" / "metadata").write_text("{}")
+
+    monkeypatch.setattr(checksums, "write_list", harmed)
+    with pytest.raises(TrainingError, match="step 3: stage 'short' has left no whole checkpoint"):
+        go(tmp_path, STAGES)
+    monkeypatch.undo()
+    assert go(tmp_path, STAGES)[0] == Outcome(8)
+    for want, got in zip(saved(whole[0]), saved(tmp_path), strict=True):
+        assert_equal_trees(got, want)
 
 
 GATED = (
