@@ -16,10 +16,9 @@ from irope_jax.model.decodable import check_decodable, check_length
 from irope_jax.plan.analytic import closed_form
 from irope_jax.plan.job import Failure, Figures, Job, chip_of_target, compiler_of_target, target_size
 from irope_jax.plan.longest import longest
-from irope_jax.plan.measured import measure
 from irope_jax.plan.meshes import candidates, ranked, ranked_lines
 from irope_jax.plan.picture import draw_memory
-from irope_jax.plan.stored import recall, remember
+from irope_jax.plan.stored import ask, recall
 from irope_jax.plan.table import as_values, plan_lines
 from irope_jax.plan.targets import TargetError, simulate, target_devices
 from irope_jax.sharding.mesh import MeshConfig
@@ -106,8 +105,7 @@ class _Planner:
                 file=sys.stderr,
                 flush=True,
             )
-            known = measure(job, target)
-            remember(job, target, known)
+            known = ask(job, target)
         return known
 
     def devices(self, target: str) -> int:

@@ -13,17 +13,17 @@ import argparse
 import json
 import os
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-from irope_jax.experiment import Experiment, check_devices, load_config, resolve
+from irope_jax import planning
+from irope_jax.experiment import Experiment, load_config, resolve
 from irope_jax.plan.analytic import closed_form
 from irope_jax.plan.job import Figures, Job, chip_of_target, target_size
-from irope_jax.plan.measured import measure
 from irope_jax.plan.meshes import candidates
-from irope_jax.plan.stored import recall, remember
+from irope_jax.plan.stored import ask, recall
 
 ROOT = Path(__file__).resolve().parent.parent
 STORED = ROOT / "tests" / "plan" / "meshes.json"
@@ -31,9 +31,8 @@ CONFIG, TARGET = ROOT / "configs" / "llama3_8b.py", "v5e:16x16"
 
 
 def job_of(experiment: Experiment, devices: int = target_size(TARGET)) -> Job:
-    experiment = replace(experiment, evals=())
-    mesh = check_devices(experiment, devices)
-    return Job(model=experiment.model, data=experiment.data, train=experiment.train, mesh=mesh)
+    """As `irope plan` makes it."""
+    return planning.job_of(experiment, argparse.Namespace(mode="train"), devices, experiment.data.seq_len)
 
 
 def main() -> int:
@@ -42,13 +41,9 @@ def main() -> int:
     count = parser.parse_args().count
     experiment = resolve(load_config(str(CONFIG)))
     rows = []
-    for one in candidates(experiment, job_of, closed_form, target_size(TARGET), chip_of_target(TARGET), "train")[
-        :count
-    ]:
-        result = recall(one.job, TARGET)
-        if result is None:
-            result = measure(one.job, TARGET)
-            remember(one.job, TARGET, result)
+    options = candidates(experiment, job_of, closed_form, target_size(TARGET), chip_of_target(TARGET), "train")
+    for one in options[:count]:
+        result = recall(one.job, TARGET) or ask(one.job, TARGET)
         rows.append(
             {
                 "label": one.label,

@@ -31,9 +31,8 @@ from irope_jax.experiment import Experiment, load_config, resolve
 from irope_jax.model.config import irope_layers
 from irope_jax.plan.analytic import closed_form
 from irope_jax.plan.job import Failure, Figures, Job, chip_of_target, compiler_of_target, roofline, target_size
-from irope_jax.plan.measured import measure
 from irope_jax.plan.meshes import ROOM
-from irope_jax.plan.stored import recall, remember
+from irope_jax.plan.stored import ask, recall
 from irope_jax.sharding.mesh import MeshConfig
 from irope_jax.study import plots
 
@@ -203,10 +202,7 @@ def compile_some(which: str) -> None:
         model, kind, target, length = key
         job, by_hand, _ = ways(experiment_of(model), kind, target, LENGTHS[length])[0]
         print(f"{', '.join(key)}: {mesh_name(job)} ...", file=sys.stderr, flush=True)
-        found = recall(job, target)
-        if found is None:
-            found = measure(job, target)
-            remember(job, target, found)
+        found = recall(job, target) or ask(job, target)
         row = {"key": list(key), "mesh": mesh_name(job), "by_hand": by_hand.total}
         row |= {"why": found.why} if isinstance(found, Failure) else {"total": found.total, "seconds": found.seconds}
         known[key] = row

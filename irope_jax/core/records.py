@@ -33,13 +33,13 @@ from typing import Any, Literal
 
 from irope_jax.core.config import differences
 from irope_jax.core.mirrors import Mirror, Wandb, WandbConfig, open_tensorboard
+from irope_jax.core.plain_json import dumps, loads
 
 CONFIG_FILE = "config.json"
 RECORDS_FILE = "records.jsonl"
 TENSORBOARD_DIRECTORY = "tensorboard"
 
 _FORMAT = 1
-_NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 _RESERVED = ("kind", "step", "time")
 
 
@@ -158,7 +158,7 @@ class RunWriter:
         self._mirrors: list[Mirror] = []
         self._purge_step: int | None = None
         config_path, records_path = self.directory / CONFIG_FILE, self.directory / RECORDS_FILE
-        config = json.loads(_dumps(config))
+        config = json.loads(dumps(config))
         changed, old_fingerprint = [], None
         if config_path.exists():
             old_config, old_fingerprint = _read_config(self.directory)
@@ -240,7 +240,7 @@ class RunWriter:
         self.close()
 
     def _append(self, kind: str, step: int, fields: Mapping[str, Any]) -> None:
-        line = _dumps({"kind": kind, "step": int(step), "time": round(time.time(), 3), **fields})
+        line = dumps({"kind": kind, "step": int(step), "time": round(time.time(), 3), **fields})
         # One write for the whole line: a kill between two writes would tear more lines than one.
         self._file.write(line.encode() + b"\n")
 
@@ -309,7 +309,7 @@ def load_run(directory: str | os.PathLike) -> Run:
         if isinstance(record, TrainRecord):
             train.append(record)
         elif isinstance(record, Measurement):
-            key = (record.step, record.evaluation, record.name, _dumps(record.where, sort_keys=True))
+            key = (record.step, record.evaluation, record.name, dumps(record.where, sort_keys=True))
             evals.pop(key, None)
             evals[key] = record
         else:
@@ -323,7 +323,7 @@ def load_run(directory: str | os.PathLike) -> Run:
 
 
 def _record(line: bytes) -> TrainRecord | Measurement | Event:
-    fields = _decode(json.loads(line))
+    fields = loads(line)
     kind, step, when = fields.pop("kind"), int(fields.pop("step")), float(fields.pop("time"))
     if kind == "train":
         return TrainRecord(step, when, {name: _number(value) for name, value in fields.items()})
@@ -386,7 +386,7 @@ def _read_config(directory: Path) -> tuple[dict, str]:
 
 
 def _write_config(directory: Path, config: dict, fingerprint: str) -> None:
-    text = _dumps({"format": _FORMAT, "fingerprint": fingerprint, "config": config}, indent=2)
+    text = dumps({"format": _FORMAT, "fingerprint": fingerprint, "config": config}, indent=2)
     unfinished = directory / (CONFIG_FILE + ".new")
     with open(unfinished, "w", encoding="utf-8") as file:
         file.write(text + "\n")
@@ -399,33 +399,3 @@ def _number(value: Any) -> float | int:
     if isinstance(value, int) and not isinstance(value, bool):
         return value
     return float(value)
-
-
-def _dumps(value: Any, **how: Any) -> str:
-    return json.dumps(_encode(value), allow_nan=False, ensure_ascii=False, **how)
-
-
-def _encode(value: Any) -> Any:
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
-    if isinstance(value, Mapping):
-        return {str(k): _encode(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_encode(v) for v in value]
-    if value is None or isinstance(value, (str, bool, int, float)):
-        return value
-    if isinstance(value, os.PathLike):
-        return os.fspath(value)
-    if hasattr(value, "item") and getattr(value, "ndim", None) == 0:  # numpy and jax scalars
-        return _encode(value.item())
-    raise TypeError(f"cannot record a {type(value).__name__}: {value!r}; give plain values")
-
-
-def _decode(value: Any) -> Any:
-    if isinstance(value, str):
-        return _NON_FINITE.get(value, value)
-    if isinstance(value, dict):
-        return {k: _decode(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_decode(v) for v in value]
-    return value

@@ -97,11 +97,11 @@ def candidates(
             except ConfigError:
                 refused.add((mesh, layout))
                 continue
-            found.append(_judged(job, figures, chip))
+            found.append(judged(job, figures, chip))
     return sorted(found, key=lambda one: (not one.fits, one.seconds, one.by_hand.total))
 
 
-def _judged(job: Job, by_hand: Figures, chip: Chip | None) -> Candidate:
+def judged(job: Job, by_hand: Figures, chip: Chip | None) -> Candidate:
     """A contiguous layout makes the last device of a ring do twice the mean work of layers that see everything."""
     if chip is None:
         return Candidate(job, by_hand, by_hand.sent_bytes + by_hand.flops * 1e-3, True)
@@ -130,14 +130,14 @@ def step_seconds(result: Result, chip: Chip | None) -> float:
 def ranked(results: Sequence[Result], chip: Chip | None) -> list[Result]:
     """Best first: those that fit before those that do not, compiled or else by hand."""
 
-    def judged(result: Result):
+    def place(result: Result):
         one, figures = result
         fits = one.fits
         if figures is not None:
             fits = isinstance(figures, Figures) and (chip is None or figures.total <= chip.memory)
         return (not fits, step_seconds(result, chip))
 
-    return sorted(results, key=judged)
+    return sorted(results, key=place)
 
 
 def ranked_lines(results: Sequence[Result], chip: Chip | None) -> list[str]:

@@ -17,6 +17,7 @@ from pathlib import Path
 
 from irope_jax.core.config import to_dict
 from irope_jax.plan.job import Failure, Figures, Job
+from irope_jax.plan.measured import measure
 
 PACKAGE = Path(__file__).resolve().parent.parent
 
@@ -39,6 +40,17 @@ def remember(job: Job, target: str, result: Figures | Failure) -> None:
         part = path.with_suffix(f".{os.getpid()}.part")
         part.write_text(json.dumps({"target": target, name: asdict(result)}, indent=1), encoding="utf-8")
         part.replace(path)
+
+
+def ask(job: Job, target: str) -> Figures | Failure:
+    """What a compiler says of a job now, kept.
+
+    Raises:
+      TargetError, ConfigError: as `measure`.
+    """
+    result = measure(job, target)
+    remember(job, target, result)
+    return result
 
 
 def _path(job: Job, target: str) -> Path:

@@ -33,10 +33,7 @@ from irope_jax.train.meter import Meter, Stopwatch
 from irope_jax.train.optimizer import OptimizerConfig, learning_rate
 from irope_jax.train.profile import Profiler
 from irope_jax.train.spikes import GoBack, Ignore, Skip, SpikePolicy
-from irope_jax.train.state import (
-    TrainState,
-    evaluation_params,
-)
+from irope_jax.train.state import TrainState, evaluation_params
 from irope_jax.train.step import make_train_step
 
 log = logging.getLogger(__name__)

@@ -1,21 +1,17 @@
 """How processes find each other: flags, clusters by their environment, and what is said when it does not work."""
 
 import os
-import signal
 import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import jax
-import numpy as np
 import pytest
 
 from irope_jax.core import hosts
 from irope_jax.core.config import ConfigError
 from irope_jax.core.hosts import Hosts, agree, find_cluster, gather, hosts_from, initialise
-from irope_jax.core.stopping import StopRequest
 
 ROOT = Path(__file__).parents[2]
 GIVEN = dict(coordinator="10.0.0.1:1234", process_id=1, num_processes=4, join_timeout=None)
@@ -133,29 +129,3 @@ cli.main([*train, f"--coordinator={where}"])
     assert lines[0].startswith("irope: error: --coordinator='127.0.0.1:") and "cannot listen on this port" in lines[0]
     assert lines[1].startswith("irope: error: --join-timeout=1: not all processes came")
     assert "stack trace" not in done.stderr
-
-
-def test_votes_are_read_one_step_late_unless_the_step_is_waited_for(monkeypatch):
-    monkeypatch.setattr(jax, "process_count", lambda: 2)
-    vote = lambda number: np.asarray(number, np.int32)
-    late = StopRequest()
-    heard = []
-    for number in (0, 15, 15):
-        late.hear(vote(number), newest=False)
-        heard.append(late.signal)
-    assert heard == [None, None, signal.SIGTERM]
-    at_once = StopRequest()
-    at_once.hear(vote(0), newest=False)
-    at_once.hear(vote(15), newest=True)
-    assert at_once.signal == signal.SIGTERM
-
-
-def test_a_vote_is_the_signal_that_came_and_alone_there_is_none(monkeypatch):
-    mesh = jax.make_mesh((4, 2), ("a", "b"))
-    with StopRequest() as stop:
-        assert stop.vote(mesh) is None and not stop.ask()
-        os.kill(os.getpid(), signal.SIGTERM)
-        assert stop.signal == signal.SIGTERM and stop.ask() and stop.vote(mesh) is None
-        monkeypatch.setattr(jax, "process_count", lambda: 2)
-        assert stop.signal is None  # not agreed yet
-        np.testing.assert_array_equal(np.asarray(stop.vote(mesh)), np.full(8, 15))

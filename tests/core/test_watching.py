@@ -2,17 +2,15 @@
 
 import json
 import os
-import signal
 import threading
 
 import jax
 import pytest
 
-from irope_jax.core import hosts, stopping
+from irope_jax.core import hosts
 from irope_jax.core.config import ConfigError
 from irope_jax.core.notices import NoticeWatch
 from irope_jax.core.pulse import SILENT, Pulse
-from irope_jax.core.stopping import StopRequest
 from irope_jax.core.watchdog import Watchdog, WatchdogConfig
 
 
@@ -156,29 +154,6 @@ def absent(entry):
 def test_what_the_metadata_server_says(read, notice):
     found = NoticeWatch(lambda text: None, read).look()
     assert found is None if notice is None else found.startswith(notice)
-
-
-def test_a_notice_stops_a_run_like_sigterm(monkeypatch):
-    monkeypatch.setattr(stopping, "tpu_chips", lambda: True)
-    monkeypatch.delenv("TPU_SKIP_MDS_QUERY", raising=False)
-    came = threading.Event()
-
-    class Told(NoticeWatch):
-        def __init__(self, called):
-            super().__init__(lambda text: (called(text), came.set()), lambda entry: "TRUE")
-
-    monkeypatch.setattr(stopping, "NoticeWatch", Told)
-    with StopRequest() as stop:
-        assert came.wait()
-        assert stop.signal == signal.SIGTERM and stop.ask()
-
-
-def test_slurms_signal_stops_a_run():
-    before = signal.getsignal(signal.SIGUSR1)
-    with StopRequest() as stop:
-        os.kill(os.getpid(), signal.SIGUSR1)
-        assert stop.signal == signal.SIGUSR1 and stop.ask()
-    assert signal.getsignal(signal.SIGUSR1) == before
 
 
 def test_alone_nothing_is_watched():

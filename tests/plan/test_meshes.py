@@ -10,7 +10,7 @@ from irope_jax.core.chips import CHIPS
 from irope_jax.experiment import load_config, resolve
 from irope_jax.plan.analytic import closed_form
 from irope_jax.plan.job import Failure, Figures, chip_of_target, compiler_of_target, roofline
-from irope_jax.plan.meshes import Candidate, candidates, ranked, ranked_lines, step_seconds
+from irope_jax.plan.meshes import candidates, judged, ranked, ranked_lines, step_seconds
 from irope_jax.plan_flags import CANDIDATES
 from irope_jax.sharding.mesh import MeshConfig
 from scripts.exhaustive_meshes import CONFIG, job_of
@@ -30,8 +30,7 @@ def found():
         compiled[row["label"]] = job, Figures.of(row["compiled"]) if row["compiled"] else Failure(row["why"])
     results = []
     for label, (job, said) in compiled.items():
-        by_hand = closed_form(job)
-        one = Candidate(job, by_hand, roofline(by_hand, CHIP).in_turn, by_hand.total <= CHIP.memory)
+        one = judged(job, closed_form(job), CHIP)
         assert one.label == label
         results.append((one, said))
     assert len(results) >= 10
