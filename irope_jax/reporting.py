@@ -16,7 +16,7 @@ from irope_jax.study.collect import Arm, load_arms
 from irope_jax.study.grid import Study
 from irope_jax.study.report import pictures, terminal_tables, write_page, write_report
 from irope_jax.study.seeds import pooled_arm
-from irope_jax.sweep import Work, changed, folder_of, is_done, load_study, work_of
+from irope_jax.sweep_cells import Work, folder_of, load_study, standing_of, work_of
 
 Overrides = list[tuple[str, str]]
 
@@ -132,13 +132,15 @@ def study_arms(study: Study, works: Sequence[Work]) -> tuple[list[Arm], list[str
         mine = [work for work in works if work.cell.arm == arm]
         if all(work.cell.name in starts and not work.experiment.evals for work in mine):
             continue
-        done = [work for work in mine if is_done(work)]
+        done = []
         for work in mine:
-            if work in done:
-                continue
-            left.append(work.cell.name)
-            if note := changed(work):
-                raise RecordError(note)
+            standing = standing_of(work)
+            if standing.note:
+                raise RecordError(standing.note)
+            if standing.state in ("done", "lacks"):
+                done.append(work)
+            else:
+                left.append(work.cell.name)
         if done:
             runs = [load_run(work.directory) for work in done]
             arms.append(pooled_arm(len(arms), labels[arm], runs, done[0].experiment.description))

@@ -21,7 +21,15 @@ from irope_jax.core.hosts import (
     is_main_process,
 )
 from irope_jax.core.mirrors import MirrorMissingError, WandbConfig
-from irope_jax.core.records import ConfigChangedError, NullWriter, RecordError, RunWriter, load_run
+from irope_jax.core.records import (
+    ADDED,
+    ADDED_ENDED,
+    ConfigChangedError,
+    NullWriter,
+    RecordError,
+    RunWriter,
+    load_run,
+)
 from irope_jax.evals.registry import EvalSpec, build_evaluators
 from irope_jax.experiment import Experiment, check_devices, load_config, resolve, run_config
 from irope_jax.export import export_verb
@@ -56,9 +64,6 @@ EXPECTED_ERRORS = (
 
 EVALUATIONS = "evaluations"
 """Where below a run directory evaluations keep the cells they have finished."""
-
-ADDED = "evaluation"
-"""The event that says what an evaluation is that is not in the config of the run."""
 
 Overrides = list[tuple[str, str]]
 
@@ -179,11 +184,16 @@ def _evaluate_run(args: argparse.Namespace, overrides: Overrides) -> int:
         as_trained = replace(experiment, mesh=trained.mesh, evals=trained.evals) == trained
         recorded = _recorded(directory, trained.evals, chosen) if is_main_process() and as_trained else {}
         writer = RunWriter(directory, to_dict(whole), fingerprint(whole)) if recorded else NullWriter()
+        added = [spec for spec in recorded.values() if spec not in trained.evals]
+
+        def tell(event: str) -> None:
+            for spec in added:
+                writer.event(step, event, evaluation=spec.name, kind=spec.kind, spec=fingerprint(spec))
+
         with writer:
-            for spec in recorded.values():
-                if spec not in trained.evals:
-                    writer.event(step, ADDED, evaluation=spec.name, kind=spec.kind, spec=fingerprint(spec))
+            tell(ADDED)
             _measure(experiment, chosen, params, step, directory, writer, recorded)
+            tell(ADDED_ENDED)
     printed = [spec.name for spec in chosen if spec.name not in recorded]
     if printed:
         log.info(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import fcntl
-import inspect
 import json
 import os
 import shlex
@@ -18,7 +17,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,49 +24,16 @@ from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from irope_jax.core.config import ConfigError, differences, fingerprint, from_dict, to_dict
-from irope_jax.core.records import RECORDS_FILE, RecordError, Run, is_run, load_run
-from irope_jax.experiment import Experiment, load_config, resolve, run_file
+from irope_jax.core.config import ConfigError
+from irope_jax.core.records import RECORDS_FILE
 from irope_jax.launch import PROGRAM, STOPPED, end_with_parent
-from irope_jax.stages import stage_experiments
 from irope_jax.study.grid import Cell, Study
+from irope_jax.sweep_cells import LOGS, Work, folder_of, load_study, measuring, standing_of, work_of
 from irope_jax.sweep_cluster import write_jobs
 
-LOGS = "logs"
-ENDED = ("finished", "evaluated")
 _TAIL = 1 << 16
 _PLAIN_EVERY = 30.0
 """Seconds between lines about running cells where there is no terminal."""
-
-
-@dataclass
-class Work:
-    """A cell on its way.
-
-    Attributes:
-      state: `waiting`, `running`, `done`, `failed`, `stopped` or `blocked` (what it starts from failed).
-      command: what runs it.
-      experiment: the resolved config.
-      note: why it failed.
-    """
-
-    cell: Cell
-    directory: Path
-    command: list[str]
-    experiment: Experiment
-    log: Path
-    state: str = "waiting"
-    note: str = ""
-    process: subprocess.Popen | None = None
-    began: float = 0.0
-    seconds: float = 0.0
-    first_step: int = 0
-    seen: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def steps(self) -> int:
-        stages = self.experiment.stages
-        return sum(stage.steps for stage in stages) if stages else self.experiment.train.steps
 
 
 def sweep_verb(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> int:
@@ -91,7 +56,7 @@ def sweep_verb(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> in
         works = [_task(works, args.task)]
     if args.list:
         for work in works:
-            print(shlex.join(["irope", *work.command]) if args.list == "commands" else _line(work))
+            print(shlex.join(["irope", *_command(work)]) if args.list == "commands" else _line(work))
         return 0
     with contextlib.nullcontext() if args.task else alone(root):  # tasks of a job array share a study, a cell each
         return Sweep(study, works, args.jobs).run()
@@ -113,61 +78,6 @@ def alone(root: Path) -> Iterator[None]:
         yield
 
 
-def folder_of(grid: str | os.PathLike) -> Path:
-    """Where the grid file lies."""
-    return Path(grid) if Path(grid).is_dir() else Path(grid).parent
-
-
-def load_study(path: str | os.PathLike, scale: str | None = None) -> Study:
-    """The study of a grid file.
-
-    Raises:
-      ConfigError: no such file, or it does not define `get_study`.
-    """
-    path = Path(path)
-    path = path / "grid.py" if path.is_dir() else path
-    if not path.is_file():
-        raise ConfigError("GRID", str(path), "no such file; name experiments/<question>/grid.py")
-    try:
-        make = getattr(run_file(path), "get_study", None)
-        if make is None:
-            raise ConfigError("GRID", str(path), "the file has no get_study(); define one that returns a Study")
-        if scale and not inspect.signature(make).parameters:
-            raise ConfigError("--scale", scale, f"get_study() of {path} takes no scale; leave it out")
-        study = make(scale) if scale else make()
-    except ConfigError:
-        raise
-    except Exception as error:
-        raise ConfigError("GRID", str(path), f"failed while running: {type(error).__name__}: {error}") from error
-    if not isinstance(study, Study):
-        raise ConfigError("GRID", str(path), f"get_study() returned a {type(study).__name__}, not a Study")
-    return study
-
-
-def work_of(cell: Cell, folder: Path, root: Path, study: Study) -> Work:
-    """The command of a cell, and its config resolved: mistakes are found before anything runs.
-
-    Raises:
-      ConfigError: its config or overrides are wrong; the message names the cell.
-    """
-    file, colon, argument = cell.config.partition(":")
-    beside = folder / file
-    config = f"{os.path.normpath(beside) if beside.is_file() else file}{colon}{argument}"
-    directory = root / cell.name
-    values = {"name": f"{study.name}/{cell.name}", **cell.overrides}
-    if cell.starts_from:
-        values["train.init_from"] = str(root / cell.starts_from)
-    assignments = [(path, value if isinstance(value, str) else repr(value)) for path, value in values.items()]
-    command = [cell.verb, f"--config={config}", f"--run-dir={directory}"]
-    command += [f"--config.{path}={value}" for path, value in assignments]
-    try:
-        experiment = resolve(load_config(config), assignments)
-        stage_experiments(experiment)
-    except ConfigError as error:
-        raise error.within(f"cell {cell.name}") from None
-    return Work(cell, directory, command, experiment, root / LOGS / f"{cell.name.replace('/', '.')}.log")
-
-
 def levels(cells: Sequence[Cell]) -> list[list[Cell]]:
     """Cells that start from nothing, those that start from one of them, and so on."""
     depth: dict[str, int] = {}
@@ -186,63 +96,17 @@ def _task(works: list[Work], task: str) -> Work:
     return next(work for work in works if work.cell is cell)
 
 
-def is_done(work: Work) -> bool:
-    """Whether a run directory says that it ended, with the very config that the grid has now."""
-    if not is_run(work.directory):
-        return False
-    try:
-        run = load_run(work.directory)
-    except RecordError:
-        return False  # the cell itself will say what is wrong
-    told = (*ENDED, "start", "config_changed")
-    last = next((event for event in reversed(run.events) if event.name in told), None)
-    return is_of(run, work) and last is not None and last.name in ENDED
-
-
-def asked_of(run: Run, work: Work) -> Experiment:
-    """What a cell asks for; the folder of all runs may have moved since the run was made."""
-    experiment, before = work.experiment, run.config.get("train", {}).get("init_from")
-    if work.cell.starts_from and str(before).endswith(f"/{work.cell.starts_from}"):
-        experiment = replace(experiment, train=replace(experiment.train, init_from=before))
-    return experiment
-
-
-def is_of(run: Run, work: Work) -> bool:
-    """Whether a run was made with the values of a cell. A field that there was not yet had its default."""
-    asked = asked_of(run, work)
-    if run.fingerprint == fingerprint(asked):
-        return True
-    with contextlib.suppress(ConfigError):
-        return from_dict(Experiment, run.config) == asked
-    return False
-
-
-def changed(work: Work) -> str:
-    """What is the matter with a run that was made with other values than its cell has now; empty if it was not."""
-    if not is_run(work.directory):
-        return ""
-    try:
-        run = load_run(work.directory)
-    except RecordError:
-        return ""  # the cell itself will say what is wrong
-    if is_of(run, work):
-        return ""
-    lines = differences(run.config, to_dict(asked_of(run, work)))
-    more = f" and {len(lines) - 3} more" * (len(lines) > 3)
-    what = f"made with other values than the grid has now ({'; '.join(lines[:3])}{more})"
-    return f"{work.directory}: {what}; move it away and sweep again"
-
-
-def _state(work: Work) -> str:
-    if is_done(work):
-        return "done"
-    return "other" if changed(work) else "cut" if is_run(work.directory) else "new"
+def _command(work: Work) -> list[str]:
+    lacking = standing_of(work).lacking
+    return measuring(work, lacking) if lacking else work.command
 
 
 def _line(work: Work) -> str:
-    cell = work.cell
+    cell, standing = work.cell, standing_of(work)
     about = f"{cell.verb} {cell.config}" + (f", from {cell.starts_from}" if cell.starts_from else "")
-    return f"{_state(work):<5} {cell.name:<40} {about}"
+    if standing.lacking:
+        about = "evaluations to add: " + ", ".join(spec.name for spec in standing.lacking)
+    return f"{standing.state:<5} {cell.name:<40} {about}"
 
 
 class Sweep:
@@ -258,10 +122,13 @@ class Sweep:
     def run(self) -> int:
         """0; 1 if a cell failed; 128 + the signal that ended the sweep."""
         for work in self._works:
-            if is_done(work):
+            standing = standing_of(work)
+            if standing.state == "done":
                 work.state, work.seen = "done", _last_record(work.directory)
-            elif note := changed(work):
-                work.state, work.note = "failed", note
+            elif standing.state == "other":
+                work.state, work.note = "failed", standing.note
+            else:
+                work.command = _command(work)
         previous = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
         live = Live(console=self._console, refresh_per_second=2, get_renderable=self.table, transient=True)
         try:

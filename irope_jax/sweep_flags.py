@@ -14,8 +14,9 @@ def add_sweep(verb: Callable[..., argparse.ArgumentParser]) -> None:
 Run the cells of a grid, each as `irope train` with its config and overrides, in runs/STUDY/CELL. What is finished is
 skipped, what was cut goes on from its newest checkpoint, and past a cell that fails the others go on; the failed ones
 are listed at the end (exit code 1). So are runs that were made with other values than the grid has now (`other` in
---list): move those away. SIGTERM and Ctrl-C let the running cells save (a second one ends them); the same command goes
-on. What a cell printed is in runs/STUDY/logs/.
+--list): move those away. To a finished run whose cell got further evaluations (`lacks`) they are added, without
+training it again; an evaluation that was changed needs a new name for that. SIGTERM and Ctrl-C let the running cells
+save (a second one ends them); the same command goes on. What a cell printed is in runs/STUDY/logs/.
 
 A grid is a Python file with get_study(), or get_study(scale), that returns a Study: a question, what is expected, and
 cells made with Cell, product, zipped, chained, axis and seeds of irope_jax.study.grid. Reading one runs its code.

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from irope_jax.sweep import load_study, work_of
+from irope_jax.sweep_cells import load_study, work_of
 
 EXPERIMENTS = Path(__file__).parent.parent / "experiments"
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from irope_jax import cli, sweep
+from irope_jax import cli, sweep, sweep_cells
 from irope_jax.core.records import load_run
 from tests import tiny
 
@@ -66,7 +66,7 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "program.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n" + PROGRAM)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sweep, "PROGRAM", (sys.executable, str(tmp_path / "program.py")))
-    monkeypatch.setattr(sweep, "fingerprint", lambda _: "mark")
+    monkeypatch.setattr(sweep_cells, "fingerprint", lambda _: "mark")
     return tmp_path
 
 
@@ -111,8 +111,8 @@ def test_a_signal_lets_what_runs_save_and_the_same_command_goes_on(place):
     (place / "hang").touch()
     code = f"""
         import sys; sys.path.insert(0, {str(ROOT)!r})
-        from irope_jax import cli, sweep
-        sweep.PROGRAM, sweep.fingerprint = (sys.executable, "program.py"), lambda _: "mark"
+        from irope_jax import cli, sweep, sweep_cells
+        sweep.PROGRAM, sweep_cells.fingerprint = (sys.executable, "program.py"), lambda _: "mark"
         sys.exit(cli.main(["sweep", "grid.py", "--jobs=2"]))
     """
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], stderr=subprocess.PIPE, text=True)
@@ -126,12 +126,12 @@ def test_a_signal_lets_what_runs_save_and_the_same_command_goes_on(place):
     assert re.search(r"start/seed=0\s.*stopped", said) and "the same command goes on" in said
     (place / "hang").unlink()
     assert cli.main(["sweep", "grid.py"]) == 0
-    assert all(sweep.is_done(work) for work in works())
+    assert all(sweep_cells.standing_of(work).state == "done" for work in works())
 
 
 def works():
-    study = sweep.load_study("grid.py")
-    return [sweep.work_of(cell, Path(), Path("runs/s"), study) for cell in study.cells]
+    study = sweep_cells.load_study("grid.py")
+    return [sweep_cells.work_of(cell, Path(), Path("runs/s"), study) for cell in study.cells]
 
 
 def test_a_list_says_what_is_left_and_how_to_run_it(place, capfd):
@@ -208,8 +208,9 @@ def test_a_sweep_that_trains_and_its_report(tmp_path, monkeypatch, capfd):
     assert cli.main(["report", "grid.py", "--scale=large"]) == 0  # is no answer of the folder's
     assert Path("runs/s/report/report.md").read_text().startswith("# q (scale: large)")
     _comparisons()
+    _evaluations_of_later(capfd)
     (tmp_path / "grid.py").write_text(GRID.replace('"train.steps": 4', '"train.steps": 5'))
-    assert not any(sweep.is_done(work) for work in works() if work.cell.arm == "arm")
+    assert states("arm") == ["new", "other"]
     assert cli.main(["report", "."]) == 1
     assert "arm/seed=1: made with other values than the grid has now" in capfd.readouterr().err
     assert cli.main(["sweep", "grid.py", "--only=arm/seed=1", "--list"]) == 0
@@ -219,6 +220,39 @@ def test_a_sweep_that_trains_and_its_report(tmp_path, monkeypatch, capfd):
     _of_an_earlier_version()
 
 
+def _evaluations_of_later(capfd):
+    """A grid with another evaluation: what is trained is measured, not trained again; and not under a name taken."""
+    evals = [dict(kind="retrieval", name="again", task=tiny.FACTS, lengths=[32], queries=4, facts=1, batch_tokens=256)]
+    more = GRID.replace('{"train.steps": 4}', f'{{"train.steps": 4, "evals": {evals}}}')
+    Path("grid.py").write_text(more)
+    assert states("arm") == ["new", "lacks"]
+    records = Path("runs/s/arm/seed=1/records.jsonl")
+    trained = records.read_text()
+    capfd.readouterr()
+    assert cli.main(["sweep", "grid.py", "--only=arm/seed=1", "--list=commands"]) == 0
+    assert capfd.readouterr().out.splitlines()[1].startswith("irope eval runs/s/arm/seed=1 ")
+    assert cli.main(["sweep", "grid.py", "--only=arm/seed=1"]) == 0
+    assert states("arm") == ["new", "done"]
+    lines = records.read_text().removeprefix(trained).splitlines()
+    told = [json.loads(line) for line in lines]
+    assert [line.get("name") for line in told if line["kind"] == "event"] == ["evaluation", "evaluation_ended"]
+    assert {line["evaluation"] for line in told if line["kind"] == "eval"} == {"again"}
+    cut = lines.index(next(line for line in lines if '"eval"' in line)) + 1
+    records.write_text(trained + "\n".join(lines[:cut]) + "\n")  # killed while it measured
+    assert states("arm") == ["new", "lacks"]
+    assert cli.main(["sweep", "grid.py", "--only=arm/seed=1"]) == 0
+    assert states("arm") == ["new", "done"]
+    Path("grid.py").write_text(more.replace("'queries': 4", "'queries': 8"))
+    assert states("arm") == ["new", "other"]
+    assert cli.main(["sweep", "grid.py", "--only=arm/seed=1"]) == 1
+    said = capfd.readouterr().err
+    assert "another evaluation 'again' than the grid; give the new one a name of its own" in said
+
+
+def states(arm: str) -> list[str]:
+    return [sweep_cells.standing_of(work).state for work in works() if work.cell.arm == arm]
+
+
 def _of_an_earlier_version():
     """A run from before a field was there is one with its default."""
     (work,) = (work for work in works() if work.cell.name == "start/seed=1")
@@ -226,7 +260,7 @@ def _of_an_earlier_version():
     whole = json.loads(path.read_text())
     del whole["config"]["train"]["eval_during"]
     path.write_text(json.dumps({**whole, "fingerprint": "of other values"}))
-    assert sweep.is_done(work) and not sweep.changed(work)
+    assert sweep_cells.standing_of(work).state == "done"
 
 
 def _comparisons():

@@ -7,6 +7,7 @@ from irope_jax.core.config import to_dict
 from irope_jax.experiment import Experiment, resolve
 
 STEPS = 6
+FACTS = dict(kind="needle", num_facts=(1, 2), num_queries=(1, 2), num_keys=8, num_values=8)
 
 
 def values(*overrides: tuple[str, str]) -> dict:
@@ -14,7 +15,6 @@ def values(*overrides: tuple[str, str]) -> dict:
     ffn = dict(kind="swiglu", hidden_dim=16)
     local = dict(position=dict(kind="rope"), mask=dict(kind="chunked", size=8), ffn=ffn)
     far = dict(position=dict(kind="nope"), mask=dict(kind="global"), ffn=ffn)
-    facts = dict(kind="needle", num_facts=(1, 2), num_queries=(1, 2), num_keys=8, num_values=8)
     plain = dict(
         name="tiny",
         model=dict(
@@ -31,7 +31,7 @@ def values(*overrides: tuple[str, str]) -> dict:
             seq_len=32,
             batch_size=8,
             tokenizer=dict(kind="bytes", num_symbols=16),
-            mixture=(dict(source=facts, lengths=(16, 33)),),
+            mixture=(dict(source=FACTS, lengths=(16, 33)),),
             packing=dict(kind="best_fit"),
         ),
         train=dict(
@@ -43,7 +43,7 @@ def values(*overrides: tuple[str, str]) -> dict:
         checkpoint=dict(every=2, keep=2),
         evals=(
             dict(kind="perplexity", lengths=(32,), tokens=256, batch_tokens=256),
-            dict(kind="retrieval", task=facts, lengths=(32,), queries=16, facts=2, depth_bins=2, batch_tokens=256),
+            dict(kind="retrieval", task=FACTS, lengths=(32,), queries=16, facts=2, depth_bins=2, batch_tokens=256),
         ),
     )
     return to_dict(resolve(plain, overrides))

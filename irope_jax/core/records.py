@@ -39,6 +39,9 @@ CONFIG_FILE = "config.json"
 RECORDS_FILE = "records.jsonl"
 TENSORBOARD_DIRECTORY = "tensorboard"
 
+ADDED, ADDED_ENDED = "evaluation", "evaluation_ended"
+"""Events around an evaluation that a finished run's config does not have: its name, kind and fingerprint."""
+
 _FORMAT = 1
 _RESERVED = ("kind", "step", "time")
 

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from irope_jax.core.records import Measurement, RecordError, Run, load_run
+from irope_jax.core.records import ADDED, Measurement, RecordError, Run, load_run
 
 Facts = Literal["all", "inside", "straddling"]
 
@@ -87,7 +87,7 @@ class Arm:
         That is the one called like its kind, else the first that the config names, else one that was added later.
         """
         named = self.planned(kind)
-        added = [event.details for event in self.run.events if event.name == "evaluation"]
+        added = [event.details for event in self.run.events if event.name == ADDED]
         named += [details.get("evaluation") for details in added if details.get("kind") == kind]
         recorded = {m.evaluation for m in self.run.evals}
         return [name for name in dict.fromkeys([kind, *named]) if name in recorded]
