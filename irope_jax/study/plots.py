@@ -49,7 +49,8 @@ def headline(arms: Sequence[Arm], path: Path, facts: Facts = "all") -> Path | No
     if not panels:
         return None
     plt = pyplot()
-    figure, axes = plt.subplots(1, len(panels), figsize=(WIDTH if len(panels) > 1 else 0.6 * WIDTH, 3.5), squeeze=False)
+    size = (WIDTH if len(panels) > 1 else 0.6 * WIDTH, height_for(arms, 3.5))
+    figure, axes = plt.subplots(1, len(panels), figsize=size, squeeze=False)
     for axis, draw in zip(axes[0], panels, strict=True):
         draw(axis, arms)
     legend_above(figure, axes[0], arms)
@@ -60,7 +61,7 @@ def retrieval_by_length(arms: Sequence[Arm], path: Path, facts: Facts = "all") -
     """Accuracy by context length, with the 95 % Wilson band and the line of chance."""
     if not any(retrieval(arm, facts) for arm in arms):
         return None
-    figure, axis = pyplot().subplots(figsize=(WIDTH, 3.9))
+    figure, axis = pyplot().subplots(figsize=(WIDTH, height_for(arms, 3.9)))
     _draw_retrieval(axis, arms, facts)
     legend_above(figure, [axis], together(arms, "retrieval"))
     return save_figure(figure, path)
@@ -70,7 +71,7 @@ def perplexity_by_position(arms: Sequence[Arm], path: Path) -> Path | None:
     """Perplexity by position (log2 buckets), with a line where training ended."""
     if not any(nll_by_position(arm) for arm in arms):
         return None
-    figure, axis = pyplot().subplots(figsize=(WIDTH, 3.9))
+    figure, axis = pyplot().subplots(figsize=(WIDTH, height_for(arms, 3.9)))
     _draw_nll_by_position(axis, arms, as_perplexity=True)
     legend_above(figure, [axis], arms)
     return save_figure(figure, path)
@@ -82,7 +83,7 @@ def loss_curves(arms: Sequence[Arm], path: Path) -> Path | None:
     curves = [(arm, steps, losses) for arm, steps, losses in curves if any(math.isfinite(v) for v in losses)]
     if not curves:
         return None
-    figure, axis = pyplot().subplots(figsize=(WIDTH, 3.9))
+    figure, axis = pyplot().subplots(figsize=(WIDTH, height_for(arms, 3.9)))
     smoothed_all = []
     for arm, steps, losses in curves:
         span = max(1.0, (steps[-1] - steps[0]) / 30)
@@ -90,8 +91,8 @@ def loss_curves(arms: Sequence[Arm], path: Path) -> Path | None:
         smoothed_all += [v for v in smoothed if math.isfinite(v)]
         colour = run_colour(arm)
         axis.plot(steps, losses, color=colour, linewidth=0.7, alpha=0.3)
-        line = "-" if arm.index < len(COLOURS) else "--"
-        axis.plot(steps, smoothed, line, color=colour, linewidth=2.0, label=arm.label)
+        style = {"linestyle": run_line(arm)["linestyle"], "linewidth": run_line(arm)["linewidth"]}
+        axis.plot(steps, smoothed, color=colour, label=arm.label, **style)
         if not arm.finished:
             axis.plot(steps[-1], smoothed[-1], "x", color=colour, markersize=8, markeredgewidth=2)
     if any(not arm.finished for arm, _, _ in curves):
@@ -181,7 +182,9 @@ def _draw_retrieval(axis, arms: Sequence[Arm], facts: Facts = "all") -> None:
         ticks.update(dict.fromkeys(xs))
         bounds = [cell.interval for cell in cells]
         low, high = [bound[0] for bound in bounds], [bound[1] for bound in bounds]
-        axis.fill_between(xs, low, high, color=run_colour(arm), alpha=0.2, linewidth=0)
+        axis.fill_between(
+            xs, low, high, color=run_colour(arm), alpha=0.2 if len(arms) <= len(COLOURS) else 0.1, linewidth=0
+        )
         axis.plot(xs, [cell.value for cell in cells], **run_line(arm))
     guess = chance(arms)
     if guess is not None:
@@ -279,18 +282,26 @@ def _hundredths(value: float) -> str:
     return "1" if value == 1 else "0" if value == 0 else f"{min(value, 0.99):.2f}"[1:]
 
 
+def height_for(arms: Sequence[Arm], few: float) -> float:
+    """Inches, so many for a few curves; many need room."""
+    return few + 0.15 * max(0, len(arms) - len(COLOURS))
+
+
 def run_colour(arm: Arm) -> str:
     return COLOURS[arm.index % len(COLOURS)]
 
 
 def run_line(arm: Arm) -> dict:
+    """A colour and a marker of its own; where colours are used up, once more with dashes and hollow markers."""
+    again = arm.index >= len(COLOURS)
     return {
         "color": run_colour(arm),
         "marker": MARKERS[arm.index % len(MARKERS)],
-        "linestyle": "-" if arm.index < len(COLOURS) else "--",
-        "linewidth": 2.0,
+        "linestyle": (0, (3.2, 1.4)) if again else "-",
+        "linewidth": 1.6 if again else 2.0,
         "markersize": 5.5,
-        "markeredgecolor": "white",
+        "markerfacecolor": "white" if again else run_colour(arm),
+        "markeredgecolor": run_colour(arm) if again else "white",
         "markeredgewidth": 0.8,
         "label": arm.label,
         # The first run is drawn last: where curves meet, the subject of the comparison is on top.
@@ -313,7 +324,7 @@ def legend_above(figure, axes, arms: Sequence[Arm]) -> None:
     figure.tight_layout(rect=(0, 0, 1, top), pad=0.5, w_pad=2.0)
     figure.legend(
         [handles[label] for label in labels], labels, loc="upper center", ncols=columns, frameon=False, fontsize=10,
-        bbox_to_anchor=(0.5, 1.0), borderaxespad=0.1,
+        bbox_to_anchor=(0.5, 1.0), borderaxespad=0.1, handlelength=2.6, columnspacing=1.4,
     )  # fmt: skip
 
 
