@@ -28,7 +28,7 @@ from irope_jax.core.config import ConfigError
 from irope_jax.core.records import RECORDS_FILE
 from irope_jax.launch import PROGRAM, STOPPED, end_with_parent
 from irope_jax.study.grid import Cell, Study
-from irope_jax.sweep_cells import LOGS, Work, folder_of, load_study, measuring, standing_of, work_of
+from irope_jax.sweep_cells import LOGS, Work, command_for, folder_of, load_study, standing_of, work_of
 from irope_jax.sweep_cluster import write_jobs
 
 _TAIL = 1 << 16
@@ -56,7 +56,7 @@ def sweep_verb(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> in
         works = [_task(works, args.task)]
     if args.list:
         for work in works:
-            print(shlex.join(["irope", *_command(work)]) if args.list == "commands" else _line(work))
+            print(_line(work, as_command=args.list == "commands"))
         return 0
     with contextlib.nullcontext() if args.task else alone(root):  # tasks of a job array share a study, a cell each
         return Sweep(study, works, args.jobs).run()
@@ -96,13 +96,10 @@ def _task(works: list[Work], task: str) -> Work:
     return next(work for work in works if work.cell is cell)
 
 
-def _command(work: Work) -> list[str]:
-    lacking = standing_of(work).lacking
-    return measuring(work, lacking) if lacking else work.command
-
-
-def _line(work: Work) -> str:
+def _line(work: Work, as_command: bool) -> str:
     cell, standing = work.cell, standing_of(work)
+    if as_command:
+        return shlex.join(["irope", *command_for(work, standing)])
     about = f"{cell.verb} {cell.config}" + (f", from {cell.starts_from}" if cell.starts_from else "")
     if standing.lacking:
         about = "evaluations to add: " + ", ".join(spec.name for spec in standing.lacking)
@@ -128,7 +125,7 @@ class Sweep:
             elif standing.state == "other":
                 work.state, work.note = "failed", standing.note
             else:
-                work.command = _command(work)
+                work.command = command_for(work, standing)
         previous = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
         live = Live(console=self._console, refresh_per_second=2, get_renderable=self.table, transient=True)
         try:

@@ -179,6 +179,8 @@ def _measured(work: Work, run: Run, made: Sequence[EvalSpec], asked: Sequence[Ev
     return Standing("lacks", lacking=lacking) if lacking else Standing("done")
 
 
-def measuring(work: Work, lacking: Sequence[EvalSpec]) -> list[str]:
-    """The command that adds evaluations to a finished run."""
-    return ["eval", str(work.directory), f"--config.evals={tuple(to_dict(spec) for spec in lacking)!r}"]
+def command_for(work: Work, standing: Standing) -> list[str]:
+    """What brings a cell to its end: its own command, or the one that adds evaluations to its finished run."""
+    if not standing.lacking:
+        return work.command
+    return ["eval", str(work.directory), f"--config.evals={tuple(to_dict(spec) for spec in standing.lacking)!r}"]
