@@ -25,6 +25,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 
 from irope_jax.checkpoint import checksums
+from irope_jax.checkpoint.damage import Damage
 from irope_jax.checkpoint.streams import BLOCK_BYTES, Keys, Layout, Piece, nested
 from irope_jax.core.config import ConfigError
 from irope_jax.core.hosts import barrier, gather, is_main_process
@@ -33,9 +34,6 @@ log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 """Where in a run directory they lie."""
-
-DAMAGED = "damaged_checkpoints"
-"""Where those go that a run that goes on found damaged."""
 
 _CACHE_BYTES = 2 * BLOCK_BYTES
 """Decoded chunks of arrays that are kept, for those that are larger than the blocks asked for."""
@@ -80,7 +78,7 @@ class Checkpoints:
         if self._config.on_save_error == "continue" and jax.process_count() > 1:
             fix = "several processes cannot know of one another what was saved; use 'stop', and restart them"
             raise ConfigError("checkpoint.on_save_error", "continue", fix)
-        self._faults: dict[int, str | None] = {}
+        self._damage = Damage(self.directory)
         self._saving = 0
         with self._saving_errors(may_continue=False):
             self._manager = self._open_manager()
@@ -175,7 +173,7 @@ class Checkpoints:
             self.wait()
             if is_main_process():
                 for step, _ in faults:
-                    self._move_away(step)
+                    self._damage.move_away(step)
             barrier("damaged checkpoints moved")
             self._manager.reload()
         return found
@@ -186,32 +184,11 @@ class Checkpoints:
         for step in sorted(self._manager.all_steps(), reverse=True):
             if before is not None and step >= before:
                 continue
-            fault = self._fault(step)
+            fault = self._damage.of(step)
             if fault is None:
                 return step, faults
             faults.append((step, fault))
         return None, faults
-
-    def _fault(self, step: int) -> str | None:
-        """What is wrong with a checkpoint; each is compared with its checksums once."""
-        if step not in self._faults:
-            directory = self.directory / str(step)
-            if checksums.has_list(directory):
-                self._faults[step] = checksums.fault(directory)
-            else:
-                log.info("%s: made before there were checksums; used as it is", directory)
-                self._faults[step] = None
-        return self._faults[step]
-
-    def _move_away(self, step: int) -> None:
-        place = self.directory.parent / DAMAGED
-        place.mkdir(exist_ok=True)
-        target, number = place / str(step), 1
-        while target.exists():
-            target, number = place / f"{step}.{number}", number + 1
-        (self.directory / str(step)).rename(target)
-        self._faults.pop(step, None)
-        log.warning("%s: moved to %s", self.directory / str(step), target)
 
     def discard_after(self, step: int) -> None:
         """Delete every checkpoint newer than `step`, so that training can go on from there. All processes together.
@@ -224,7 +201,7 @@ class Checkpoints:
         for other in sorted(self._manager.all_steps(), reverse=True):  # cut short, it has deleted the newest ones
             if other > step:
                 self._manager.delete(other)
-                self._faults.pop(other, None)
+                self._damage.forget(other)
 
     def save(self, step: int, state: Any, data: Any, meta: Mapping[str, Any]) -> None:
         """Start saving; arrays are copied off the device before this returns, so they may be donated afterwards.
@@ -240,7 +217,7 @@ class Checkpoints:
             return
         how = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=2 * BLOCK_BYTES), state)
         self._saving = step
-        self._faults.pop(step, None)
+        self._damage.forget(step)
         with self._saving_errors():
             self._manager.save(
                 step,
@@ -381,7 +358,7 @@ class Checkpoints:
                 raise CheckpointError(f"{self._none()}; train first, or name another run directory")
             return step
         self._there(step)
-        fault = gather(self._fault(step) if is_main_process() else None)[0]
+        fault = gather(self._damage.of(step) if is_main_process() else None)[0]
         if fault is not None:
             raise CheckpointError(
                 f"{self.directory / str(step)}: {fault}; read another: there are {sorted(self._manager.all_steps())}"

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from irope_jax.checkpoint import checksums
-from irope_jax.checkpoint.native import CHECKPOINTS, DAMAGED, CheckpointConfig, CheckpointError, Checkpoints
+from irope_jax.checkpoint.damage import DAMAGED
+from irope_jax.checkpoint.native import CHECKPOINTS, CheckpointConfig, CheckpointError, Checkpoints
 from irope_jax.core.config import ConfigError
 
 STEPS = (1, 2, 3)
