@@ -2,7 +2,7 @@
 
     irope sweep experiments/what_irope_buys --only=headline --jobs=2
     irope report experiments/what_irope_buys --only=headline
-    irope sweep experiments/what_irope_buys --only=normed --only=rivals --only=shapes --jobs=2   # the others
+    irope sweep experiments/what_irope_buys --only=rivals --only=shapes --jobs=2            # the other arms
     irope sweep experiments/what_irope_buys --only=headline --scale=large --slurm=jobs      # for real hardware
     irope sweep experiments/what_irope_buys --only=headline --scale=smoke                   # does all of it run?
 
@@ -106,8 +106,9 @@ ARMS = {
     "iRoPE, no temperature": arm(*irope(temperature=None), tag="headline"),
     "iRoPE, log-n once": arm(*irope(temperature=log_n(1)), tag="shapes"),
     "iRoPE, SSMax": arm(*irope(temperature=dict(kind="ssmax", train_length=LENGTH))),
-    "iRoPE, borders shifted": arm(local(), SHIFTED, local(), LAST, tag="headline", far=True),
-    "RoPE-NoPE, sliding window": arm(WINDOW, WINDOW, WINDOW, LAST, tag="headline", far=True),
+    "iRoPE, normed": arm(local(), local(), local(), NORMED, tag="headline", far=True),
+    "RoPE-NoPE, sliding window": arm(WINDOW, WINDOW, WINDOW, LAST, tag="headline"),
+    "sliding window, normed": arm(WINDOW, WINDOW, WINDOW, NORMED, tag="headline", far=True),
     "RoPE-NoPE, no local masks": arm(layer(), layer(), layer(), layer(NOPE), tag="headline"),
     "all RoPE": arm(layer(), tag="headline"),
     "all NoPE": arm(layer(NOPE), train__steps=900, tag="headline"),  # 0.90 to 0.96 at its own length after 300
@@ -117,8 +118,7 @@ ARMS = {
     "p-RoPE, temperature": arm(layer(P_ROPE, temperature=TEMPERATURE)),
     "ALiBi": arm(layer(dict(kind="alibi"))),
     "randomised positions": arm(layer(), data__positions=RANDOMISED),
-    "iRoPE, normed": arm(local(), local(), local(), NORMED, tag="normed", far=True),
-    "sliding window, normed": arm(WINDOW, WINDOW, WINDOW, NORMED, tag="normed", far=True),
+    "iRoPE, borders shifted": arm(local(), SHIFTED, local(), LAST, tag="shapes", far=True),
     "interval 2": arm(*irope(2), tag="shapes"),
     "global first": arm(LAST, *[local()] * 3, tag="shapes"),
     "chunks of 16": arm(*irope(size=16), tag="shapes"),
