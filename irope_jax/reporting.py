@@ -11,12 +11,12 @@ from pathlib import Path
 from rich.console import Console
 
 from irope_jax.core.config import ConfigError
-from irope_jax.core.records import RecordError, is_run, load_run
+from irope_jax.core.records import RecordError, is_run
 from irope_jax.study.collect import Arm, load_arms
 from irope_jax.study.grid import Study
 from irope_jax.study.report import pictures, terminal_tables, write_page, write_report
 from irope_jax.study.seeds import pooled_arm
-from irope_jax.sweep_cells import Work, folder_of, load_study, standing_of, work_of
+from irope_jax.sweep_cells import Work, folder_of, load_study, run_as_asked, standing_of, work_of
 
 Overrides = list[tuple[str, str]]
 
@@ -63,7 +63,7 @@ def study_report(grid: Path, args: argparse.Namespace) -> tuple[Path, list[Arm]]
         arms,
         Path(args.out or (roots[0] / "report" if args.scale else folder_of(grid))),
         title=study.question + f" (scale: {args.scale})" * bool(args.scale),
-        command="\n".join(_commands([grid], args)),
+        command="\n".join(_commands([grid], args, roots[:1])),
         foreword=foreword(study),
         notes=notes,
     )
@@ -79,29 +79,31 @@ def studies_report(grids: Sequence[Path], args: argparse.Namespace) -> tuple[Pat
     if args.beside:
         raise ConfigError("--beside", args.beside[0], "compares the runs of one study; name one")
     studies = [load_study(grid, args.scale) for grid in grids]
+    roots = [Path(args.runs_in or "runs") / study.name for study in studies]
     arms, notes = [], []
-    for grid, study in zip(grids, studies, strict=True):
-        found, left = _of_roots(grid, study, [Path(args.runs_in or "runs") / study.name], args.only)
+    for grid, study, root in zip(grids, studies, roots, strict=True):
+        found, left = _of_roots(grid, study, [root], args.only)
         arms += [replace(arm, index=len(arms) + i, label=f"{study.name}/{arm.label}") for i, arm in enumerate(found)]
         notes += left
     page = write_page(
         arms,
         Path(args.out),
         title=" / ".join(study.question for study in studies),
-        command="\n".join(_commands(grids, args)),
+        command="\n".join(_commands(grids, args, roots)),
         foreword="\n\n".join(f"{study.question}\n\n{foreword(study)}" for study in studies),
         notes=notes,
     )
     return page, arms
 
 
-def _commands(grids: Sequence[Path], args: argparse.Namespace) -> list[str]:
-    """What makes the runs of each study, and the page."""
+def _commands(grids: Sequence[Path], args: argparse.Namespace, roots: Sequence[Path]) -> list[str]:
+    """What makes the runs of each study, in the folder it has them in, and the page."""
     chosen = [f"--only={word}" for word in args.only or ()] + [f"--scale={args.scale}"] * bool(args.scale)
-    runs = [f"--runs={args.runs_in}"] * bool(args.runs_in)
-    swept = [["irope", "sweep", str(grid), *chosen, *(runs if len(grids) == 1 else [])] for grid in grids]
-    beside = [f"--beside={root}" for root in args.beside or ()] + [f"--out={args.out}"] * bool(args.out)
-    return [shlex.join(words) for words in (*swept, ["irope", "report", *map(str, grids), *chosen, *runs, *beside])]
+    own = [[f"--runs={root}"] * bool(args.runs_in) for root in roots]
+    swept = [["irope", "sweep", str(grid), *chosen, *runs] for grid, runs in zip(grids, own)]
+    reported = ["irope", "report", *map(str, grids), *chosen, *[f"--runs={args.runs_in}"] * bool(args.runs_in)]
+    reported += [f"--beside={root}" for root in args.beside or ()] + [f"--out={args.out}"] * bool(args.out)
+    return [shlex.join(words) for words in (*swept, reported)]
 
 
 def _of_roots(grid: Path, study: Study, roots: Sequence[Path], only: Sequence[str]) -> tuple[list[Arm], list[str]]:
@@ -114,37 +116,39 @@ def _of_roots(grid: Path, study: Study, roots: Sequence[Path], only: Sequence[st
             raise RecordError(f"{root}: no cell of {study.name} was finished; run `irope sweep {grid}` first")
         where = f" ({root})" if len(roots) > 1 else ""
         arms += [replace(arm, index=len(arms) + i, label=arm.label + where) for i, arm in enumerate(found)]
-        if left:
-            notes.append(f"{len(left)} cells are not finished and left out{where}: {', '.join(left)}.")
+        notes += [note + where for note in left]
     return arms, notes
 
 
 def study_arms(study: Study, works: Sequence[Work]) -> tuple[list[Arm], list[str]]:
-    """Arms with a finished cell, that nothing else only starts from; and cells that are not finished.
+    """Arms with a finished cell, that nothing else only starts from; and what is missing, a sentence each.
 
     Raises:
-      RecordError: a finished run with other values than its grid has now.
+      RecordError: a run with other values than its grid has now.
     """
     starts = {cell.starts_from for cell in study.cells}
-    arms, left = [], []
+    arms, left, lacking = [], [], []
     labels = study.labels()
     for arm in dict.fromkeys(work.cell.arm for work in works):
         mine = [work for work in works if work.cell.arm == arm]
         if all(work.cell.name in starts and not work.experiment.evals for work in mine):
             continue
-        done = []
+        runs = []
         for work in mine:
             standing = standing_of(work)
-            if standing.note:
+            if standing.state == "other":
                 raise RecordError(standing.note)
-            if standing.state in ("done", "lacks"):
-                done.append(work)
-            else:
-                left.append(work.cell.name)
-        if done:
-            runs = [load_run(work.directory) for work in done]
-            arms.append(pooled_arm(len(arms), labels[arm], runs, done[0].experiment.description))
-    return arms, left
+            if standing.state not in ("done", "lacks"):
+                left.append(work.cell.name + f" ({standing.note})" * bool(standing.note))
+                continue
+            runs.append(run_as_asked(work, standing))
+            lacking += [f"{work.cell.name} {spec.name}" for spec in standing.lacking]
+        if runs:
+            arms.append(pooled_arm(len(arms), labels[arm], runs))
+    notes = [f"{len(left)} cells are not finished and left out: {', '.join(left)}."] if left else []
+    if lacking:
+        notes.append(f"Evaluations of the grid that are not measured yet and left out: {', '.join(lacking)}.")
+    return arms, notes
 
 
 def foreword(study: Study) -> str:

@@ -27,6 +27,7 @@ from irope_jax.core.records import (
     ConfigChangedError,
     NullWriter,
     RecordError,
+    Run,
     RunWriter,
     load_run,
 )
@@ -35,6 +36,7 @@ from irope_jax.experiment import Experiment, check_devices, load_config, resolve
 from irope_jax.export import export_verb
 from irope_jax.generate import generate_verb
 from irope_jax.join import join
+from irope_jax.measured import measured
 from irope_jax.model.config import draw_layers
 from irope_jax.plan.parts import seconds_by_part
 from irope_jax.planning import plan_verb
@@ -182,15 +184,15 @@ def _evaluate_run(args: argparse.Namespace, overrides: Overrides) -> int:
         params, step = params_for(directory, trained.model, experiment.model, mesh, args.step)
         # Another mesh measures the same; anything else would put numbers of another model or task into this run.
         as_trained = replace(experiment, mesh=trained.mesh, evals=trained.evals) == trained
-        recorded = _recorded(directory, trained.evals, chosen) if is_main_process() and as_trained else {}
-        writer = RunWriter(directory, to_dict(whole), fingerprint(whole)) if recorded else NullWriter()
+        run = load_run(directory)
+        recorded = _recorded(run, trained.evals, chosen) if as_trained else {}
         added = [spec for spec in recorded.values() if spec not in trained.evals]
+        with _writer(directory, run.config, run.fingerprint, "refuse", None) if recorded else NullWriter() as writer:
 
-        def tell(event: str) -> None:
-            for spec in added:
-                writer.event(step, event, evaluation=spec.name, kind=spec.kind, spec=fingerprint(spec))
+            def tell(event: str) -> None:
+                for spec in added:
+                    writer.event(step, event, evaluation=spec.name, kind=spec.kind, spec=fingerprint(spec))
 
-        with writer:
             tell(ADDED)
             _measure(experiment, chosen, params, step, directory, writer, recorded)
             tell(ADDED_ENDED)
@@ -266,15 +268,12 @@ def _measure(
                 print(f"{evaluator.name}  {found.name}  {found.value:.4f}  n={found.count}  {where}", flush=True)
 
 
-def _recorded(directory: Path, trained: Sequence[EvalSpec], chosen: Sequence[EvalSpec]) -> dict[str, EvalSpec]:
+def _recorded(run: Run, trained: Sequence[EvalSpec], chosen: Sequence[EvalSpec]) -> dict[str, EvalSpec]:
     """The evaluations, by name, whose numbers may join the records of a run.
 
     Those of its config as they are; and others under names that neither the config nor another evaluation has taken.
     """
-    taken = {spec.name: fingerprint(spec) for spec in trained}
-    for event in load_run(directory).events:
-        if event.name == ADDED:
-            taken.setdefault(event.details["evaluation"], event.details["spec"])
+    taken = measured(run, trained).taken
     return {spec.name: spec for spec in chosen if taken.get(spec.name, fingerprint(spec)) == fingerprint(spec)}
 
 

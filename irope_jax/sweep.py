@@ -1,7 +1,8 @@
 """`irope sweep`: the cells of a study, run one after the other or several at a time, each as a process of its own.
 
 A cell is `irope train` (or `eval`) with a config and overrides, so whatever holds for a run holds for it: killed, it
-goes on from its newest checkpoint, and finished, it is not run again. This process never computes.
+goes on from its newest checkpoint, and finished, it is not run again; evaluations that its cell got later are added.
+This process never computes.
 """
 
 from __future__ import annotations
@@ -18,17 +19,17 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rich.console import Console
 from rich.live import Live
 from rich.table import Table
 
-from irope_jax.core.config import ConfigError
+from irope_jax.core.config import ConfigError, nearest
 from irope_jax.core.records import RECORDS_FILE
 from irope_jax.launch import PROGRAM, STOPPED, end_with_parent
 from irope_jax.study.grid import Cell, Study
-from irope_jax.sweep_cells import LOGS, Work, command_for, folder_of, load_study, standing_of, work_of
+from irope_jax.sweep_cells import LOGS, Work, command_for, folder_of, is_finished, load_study, standing_of, work_of
 from irope_jax.sweep_cluster import write_jobs
 
 _TAIL = 1 << 16
@@ -54,6 +55,7 @@ def sweep_verb(args: argparse.Namespace, overrides: list[tuple[str, str]]) -> in
         return 0
     if args.task:
         works = [_task(works, args.task)]
+        _check_start(works[0])
     if args.list:
         for work in works:
             print(_line(work, as_command=args.list == "commands"))
@@ -71,11 +73,18 @@ def alone(root: Path) -> Iterator[None]:
     """
     (root / LOGS).mkdir(parents=True, exist_ok=True)
     with open(root / LOGS / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError("--runs", str(root), "another sweep is at work there; wait for it or stop it") from None
+        if not _locked(file):
+            raise ConfigError("--runs", str(root), "another sweep is at work there; wait for it or stop it")
         yield
+
+
+def _locked(file: IO) -> bool:
+    """Whether this process has it alone now, until it closes it or ends."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def levels(cells: Sequence[Cell]) -> list[list[Cell]]:
@@ -86,14 +95,24 @@ def levels(cells: Sequence[Cell]) -> list[list[Cell]]:
     return [[c for c in cells if depth[c.name] == level] for level in range(max(depth.values()) + 1)]
 
 
-def _task(works: list[Work], task: str) -> Work:
-    level, _, index = task.partition(":")
-    parts = levels([work.cell for work in works])
-    try:
-        cell = parts[int(level)][int(index)]
-    except (ValueError, IndexError):
-        raise ConfigError("--task", task, f"LEVEL:INDEX, of {[len(part) for part in parts]} cells by level") from None
-    return next(work for work in works if work.cell is cell)
+def _task(works: list[Work], name: str) -> Work:
+    for work in works:
+        if work.cell.name == name:
+            return work
+    raise ConfigError("--task", name, f"no such cell among those chosen; {nearest(name, [w.cell.name for w in works])}")
+
+
+def _check_start(work: Work) -> None:
+    """What a task starts from is another task's work.
+
+    Raises:
+      ConfigError: it is not done.
+    """
+    start = Path(work.experiment.train.init_from) if work.cell.starts_from else None
+    if start is not None and not is_finished(start):
+        raise ConfigError(
+            "--task", work.cell.name, f"it starts from {start}, which is not finished; run that cell first"
+        )
 
 
 def _line(work: Work, as_command: bool) -> str:
@@ -117,7 +136,7 @@ class Sweep:
         self._told = 0.0
 
     def run(self) -> int:
-        """0; 1 if a cell failed; 128 + the signal that ended the sweep."""
+        """0; 1 if a cell failed; 128 + the signal that ended the sweep, or else a cell of it."""
         for work in self._works:
             standing = standing_of(work)
             if standing.state == "done":
@@ -142,9 +161,10 @@ class Sweep:
         failed = [work for work in self._works if work.state in ("failed", "blocked")]
         for work in failed:
             print(f"irope sweep: {work.cell.name} {work.state}: {work.note}", file=sys.stderr)
-        if self._asked is not None:
+        stopped = [work for work in self._works if work.state == "stopped"]
+        if self._asked is not None or stopped:
             print("irope sweep: stopped; the same command goes on", file=sys.stderr)
-            return 128 + self._asked
+            return 128 + self._asked if self._asked is not None else 1 if failed else stopped[0].code
         return 1 if failed else 0
 
     def _advance(self) -> bool:
@@ -162,7 +182,7 @@ class Sweep:
                 self._say(work)
             elif running < self._jobs and (before is None or before.state == "done"):
                 self._start(work)
-                running += 1
+                running += work.state == "running"
         if not self._console.is_terminal and time.monotonic() - self._told > _PLAIN_EVERY:
             for work in self._works:
                 if work.state == "running":
@@ -171,6 +191,12 @@ class Sweep:
 
     def _start(self, work: Work) -> None:
         work.log.parent.mkdir(parents=True, exist_ok=True)
+        work.lock = open(work.log.with_suffix(".lock"), "w")  # noqa: SIM115 (closed when the cell ends)
+        if not _locked(work.lock):
+            work.lock.close()
+            work.state, work.note = "failed", "another sweep or task is at work on it; wait for it or stop it"
+            self._say(work)
+            return
         with open(work.log, "ab") as log:
             log.write(f"\n$ irope {shlex.join(work.command)}\n".encode())
             log.flush()
@@ -179,6 +205,8 @@ class Sweep:
                 env=os.environ | {"PYTHONUNBUFFERED": "1"}, start_new_session=True,
                 preexec_fn=end_with_parent if sys.platform == "linux" else None,
             )  # fmt: skip
+        if self._asked is not None:  # came while it was being started
+            work.process.send_signal(signal.SIGTERM)
         work.state, work.began = "running", time.monotonic()
         work.first_step = int(_last_record(work.directory).get("step", 0))
         self._say(work)
@@ -189,9 +217,11 @@ class Sweep:
         code = work.process.poll()
         if code is None:
             return
+        work.code = code
+        work.lock.close()
         if code == 0:
             work.state = "done"
-        elif code in STOPPED or self._asked is not None:
+        elif code in STOPPED or (self._asked is not None and code < 0):
             work.state, work.note = "stopped", "saved"
         else:
             work.state, work.note = "failed", f"exit code {code}: {_last_line(work.log)}; see {work.log}"
@@ -262,9 +292,10 @@ def _last_record(directory: Path) -> dict[str, Any]:
 
 
 def _last_line(log: Path) -> str:
-    """What a process said last: its error."""
+    """What the process that was started last said last: its error."""
     with contextlib.suppress(OSError):
-        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+        _, _, said = log.read_text(errors="replace").rpartition("\n$ irope ")
+        lines = [line for line in said.splitlines()[1:] if line.strip()]
         errors = [line for line in lines if line.startswith("irope: error: ")]
         return (errors or lines or [""])[-1].removeprefix("irope: error: ")
     return ""

@@ -8,17 +8,21 @@ import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from irope_jax.core.config import ConfigError, differences, fingerprint, from_dict, to_dict
-from irope_jax.core.records import ADDED, ADDED_ENDED, RecordError, Run, is_run, load_run
+from irope_jax.core.records import Event, RecordError, Run, is_run, load_run
 from irope_jax.evals.registry import EvalSpec
 from irope_jax.experiment import Experiment, load_config, resolve, run_file
+from irope_jax.measured import measured
 from irope_jax.stages import stage_experiments
 from irope_jax.study.grid import Cell, Study
 
 LOGS = "logs"
 ENDED = ("finished", "evaluated")
+
+CLOCKS = 60.0
+"""Seconds by which the clocks of two hosts may differ."""
 
 
 @dataclass
@@ -30,6 +34,8 @@ class Work:
       command: what runs it.
       experiment: the resolved config.
       note: why it failed.
+      code: with which it stopped.
+      lock: the file that this process alone holds while the cell runs.
     """
 
     cell: Cell
@@ -40,6 +46,8 @@ class Work:
     state: str = "waiting"
     note: str = ""
     process: subprocess.Popen | None = None
+    code: int = 0
+    lock: IO | None = None
     began: float = 0.0
     seconds: float = 0.0
     first_step: int = 0
@@ -113,13 +121,17 @@ class Standing:
     Attributes:
       state: `new`, nothing is there; `cut`, begun and not ended; `done`; `lacks`, trained to its end, but evaluations
         that the cell has by now are missing; `other`, made with other values.
-      note: what is the matter with `other`.
+      note: what is the matter with `other`, and with a `cut` that cannot be read.
       lacking: those evaluations.
+      step: with which weights they are to be measured.
+      evals_changed: of `cut`, its config has other evaluations than the cell, and is the same otherwise.
     """
 
     state: Literal["new", "cut", "done", "lacks", "other"]
     note: str = ""
     lacking: tuple[EvalSpec, ...] = ()
+    step: int | None = None
+    evals_changed: bool = False
 
 
 def standing_of(work: Work) -> Standing:
@@ -128,23 +140,38 @@ def standing_of(work: Work) -> Standing:
         return Standing("new")
     try:
         run = load_run(work.directory)
-    except RecordError:
-        return Standing("cut")  # the cell itself will say what is wrong
-    told = (*ENDED, "start", "config_changed")
-    last = next((event for event in reversed(run.events) if event.name in told), None)
+    except RecordError as error:
+        return Standing("cut", note=str(error))
+    asked, made = _asked_of(run, work), _made_with(run)
+    last = _last_of(run, (*ENDED, "start", "config_changed"))
     ended = last is not None and last.name in ENDED
-    asked = _asked_of(run, work)
-    if run.fingerprint == fingerprint(asked):
+    if run.fingerprint == fingerprint(asked) or made == asked:
+        if ended and (note := _before_its_start(run, work)):
+            return Standing("other", note)
         return Standing("done" if ended else "cut")
-    made = _made_with(run)
-    if made == asked:
-        return Standing("done" if ended else "cut")
-    if ended and work.cell.verb == "train" and made is not None and replace(made, evals=asked.evals) == asked:
-        return _measured(work, run, made.evals, asked.evals)
+    if work.cell.verb == "train" and made is not None and _all_but_evals(made) == _all_but_evals(asked):
+        if not ended:
+            return Standing("cut", evals_changed=True)
+        if note := _before_its_start(run, work):
+            return Standing("other", note)
+        return _evaluations(work, run, last.step, made.evals, asked.evals)
     lines = differences(run.config, to_dict(asked))
     more = f" and {len(lines) - 3} more" * (len(lines) > 3)
     what = f"made with other values than the grid has now ({'; '.join(lines[:3])}{more})"
     return Standing("other", f"{work.directory}: {what}; move it away and sweep again")
+
+
+def is_finished(directory: Path) -> bool:
+    """Whether a run directory says of itself that it ended, whatever it was asked."""
+    try:
+        last = _last_of(load_run(directory), (*ENDED, "start", "config_changed")) if is_run(directory) else None
+    except RecordError:
+        return False
+    return last is not None and last.name in ENDED
+
+
+def _last_of(run: Run, names: Sequence[str]) -> Event | None:
+    return next((event for event in reversed(run.events) if event.name in names), None)
 
 
 def _asked_of(run: Run, work: Work) -> Experiment:
@@ -163,24 +190,51 @@ def _made_with(run: Run) -> Experiment | None:
         return None
 
 
-def _measured(work: Work, run: Run, made: Sequence[EvalSpec], asked: Sequence[EvalSpec]) -> Standing:
+def _all_but_evals(experiment: Experiment) -> dict[str, Any]:
+    return {name: value for name, value in to_dict(experiment).items() if name != "evals"}
+
+
+def _before_its_start(run: Run, work: Work) -> str:
+    """Empty, or that what a run starts from was trained after it: its weights are of an earlier one."""
+    start = Path(work.experiment.train.init_from) if work.cell.starts_from else None
+    if start is None or not run.events or not is_run(start):
+        return ""
+    try:
+        ended = _last_of(load_run(start), ENDED)
+    except RecordError:
+        return ""  # the cell it is will say what is wrong
+    if ended is None or ended.time <= min(event.time for event in run.events) + CLOCKS:
+        return ""
+    return f"{work.directory}: begun before {start} was trained, from other weights; move it away and sweep again"
+
+
+def _evaluations(work: Work, run: Run, step: int, made: Sequence[EvalSpec], asked: Sequence[EvalSpec]) -> Standing:
     """Of a finished run whose evaluations alone are not those of its cell: what is missing."""
-    names, complete = {spec.name: fingerprint(spec) for spec in made}, {spec.name for spec in made}
-    for event in run.events:
-        if event.name == ADDED:
-            names.setdefault(event.details["evaluation"], event.details["spec"])
-        elif event.name == ADDED_ENDED:
-            complete.add(event.details["evaluation"])
+    has = measured(run, made)
     for spec in asked:
-        if names.get(spec.name, fingerprint(spec)) != fingerprint(spec):
+        if has.taken.get(spec.name, fingerprint(spec)) != fingerprint(spec):
             fix = "give the new one a name of its own in the grid, and it is measured beside it"
             return Standing("other", f"{work.directory}: has another evaluation {spec.name!r} than the grid; {fix}")
-    lacking = tuple(spec for spec in asked if spec.name not in complete)
-    return Standing("lacks", lacking=lacking) if lacking else Standing("done")
+    lacking = tuple(spec for spec in asked if spec.name not in has.complete)
+    return Standing("lacks", lacking=lacking, step=step) if lacking else Standing("done")
 
 
 def command_for(work: Work, standing: Standing) -> list[str]:
     """What brings a cell to its end: its own command, or the one that adds evaluations to its finished run."""
+    if standing.evals_changed:
+        return [*work.command, "--on-config-change=accept"]
     if not standing.lacking:
         return work.command
-    return ["eval", str(work.directory), f"--config.evals={tuple(to_dict(spec) for spec in standing.lacking)!r}"]
+    evals = tuple(to_dict(spec) for spec in standing.lacking)
+    return ["eval", str(work.directory), f"--step={standing.step}", f"--config.evals={evals!r}"]
+
+
+def run_as_asked(work: Work, standing: Standing) -> Run:
+    """The run of a cell that is `done` or `lacks`, with the cell's config and complete evaluations of the cell alone.
+
+    Runs of an arm may have come to the same evaluations in different ways: in their configs, or added.
+    """
+    run = load_run(work.directory)
+    names = {spec.name for spec in work.experiment.evals} - {spec.name for spec in standing.lacking}
+    evals = [m for m in run.evals if m.evaluation in names]
+    return replace(run, config=to_dict(_asked_of(run, work)), evals=evals)

@@ -1,7 +1,8 @@
 """A sweep as jobs of a cluster: a SLURM array or a Kubernetes JobSet, one task a cell.
 
 Cells that start from others make a later array, which begins when the one before has ended well. Each task is
-`irope sweep GRID --task=LEVEL:INDEX`, so the files hold no command twice and a task that is started again goes on.
+`irope sweep GRID --task=CELL`, so the files hold no command twice, a task that is started again goes on, and a grid
+that changes meanwhile does not change which cell is whose.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from irope_jax.study.grid import Cell
 _SBATCH = """\
 #!/bin/bash
 # {name}: cells {first} to {last} of level {level}, one a task. Resources are for a small run; change them here.
-{cells}
 #SBATCH --job-name={name}.{level}
 #SBATCH --array=0-{top}
 #SBATCH --nodes=1
@@ -28,8 +28,11 @@ _SBATCH = """\
 #SBATCH --open-mode=append
 #SBATCH --output={name}.{level}.%a.log
 
+cells=(
+{cells}
+)
 trap 'kill -TERM "$task"' TERM
-{command} --task={level}:"$SLURM_ARRAY_TASK_ID" &
+{command} --task="${{cells[$SLURM_ARRAY_TASK_ID]}}" &
 task=$!
 wait "$task"
 code=$?
@@ -78,7 +81,7 @@ def _slurm(name: str, levels: Sequence[Sequence[Cell]], command: str, folder: Pa
     said, job = [], name.replace("/", "_")
     for level, cells in enumerate(levels):
         path = folder / f"{job}.{level}.sbatch"
-        listed = "\n".join(f"#   {i}  {cell.name}" for i, cell in enumerate(cells))
+        listed = "\n".join(f"    {shlex.quote(cell.name)}" for cell in cells)
         text = _SBATCH.format(
             name=job, level=level, top=len(cells) - 1, command=command, cells=listed, first=cells[0].name,
             last=cells[-1].name,
@@ -91,7 +94,8 @@ def _slurm(name: str, levels: Sequence[Sequence[Cell]], command: str, folder: Pa
 
 def _jobset(name: str, levels: Sequence[Sequence[Cell]], command: Sequence[str]) -> dict:
     def job(level: int, cells: Sequence[Cell]) -> dict:
-        task = f"{shlex.join(command)} --task={level}:$JOB_COMPLETION_INDEX"
+        names = shlex.join(cell.name for cell in cells)
+        task = f'cells=({names}); exec {shlex.join(command)} --task="${{cells[$JOB_COMPLETION_INDEX]}}"'
         pod = {
             "restartPolicy": "Never",
             "terminationGracePeriodSeconds": 300,
@@ -99,7 +103,7 @@ def _jobset(name: str, levels: Sequence[Sequence[Cell]], command: Sequence[str])
                 {
                     "name": "cell",
                     "image": "REGISTRY/irope:TAG",
-                    "command": ["bash", "-c", f"exec {task}"],
+                    "command": ["bash", "-c", task],
                     "volumeMounts": [{"name": "shared", "mountPath": "/shared"}],
                     "workingDir": "/shared",
                 }

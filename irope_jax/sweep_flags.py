@@ -42,6 +42,6 @@ examples:
         "--list", nargs="?", const="cells", choices=("cells", "commands"),
         help="run nothing; print every cell and how far it is, or the command of each",
     )  # fmt: skip
-    sweep.add_argument("--task", metavar="LEVEL:INDEX", help="run one cell, as the tasks of a cluster do")
+    sweep.add_argument("--task", metavar="CELL", help="run this cell alone, as the tasks of a cluster do")
     sweep.add_argument("--slurm", metavar="DIR", help="write SLURM arrays there in place of running")
     sweep.add_argument("--jobset", metavar="FILE", help="write a Kubernetes JobSet in place of running")

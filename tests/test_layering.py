@@ -28,8 +28,8 @@ LAYERS = {
 }
 COMMANDS = (
     "experiment", "stages", "transfer", "export", "verify", "launch", "prepare", "search", "show", "join", "generate",
-    "harness", "generate_flags", "plan_flags", "planning", "reporting", "sweep", "sweep_cells", "sweep_cluster",
-    "sweep_flags", "run", "transfer_flags", "search_flags",
+    "harness", "generate_flags", "plan_flags", "planning", "reporting", "measured", "sweep", "sweep_cells",
+    "sweep_cluster", "sweep_flags", "run", "transfer_flags", "search_flags",
     "cli", "__main__",
 )  # fmt: skip
 ONLY = {"study": ("core",)}

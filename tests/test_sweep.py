@@ -49,6 +49,8 @@ if Path("break").is_file() and Path("break").read_text() in str(directory):
 with RunWriter(directory, dict(arguments), "mark") as writer:
     writer.start(0)
     writer.train(1, {"loss": 2.0})
+    if Path("stop").is_file():
+        sys.exit(128 + signal.SIGTERM)
     if Path("hang").is_file():
         signal.signal(signal.SIGTERM, lambda *_: (writer.close(), os._exit(128 + signal.SIGTERM)))
         time.sleep(60)
@@ -157,16 +159,65 @@ def test_tasks_of_a_cluster(place, capfd):
         "job1=$(sbatch --parsable --dependency=afterok:$job0 jobs/s.1.sbatch)",
     ]
     text = (place / "jobs/s.1.sbatch").read_text()
-    assert "--array=0-2" in text and "#   2  arm/seed=2" in text
-    assert subprocess.run(["bash", "-n", "jobs/s.1.sbatch"]).returncode == 0
-    command = re.search(r"^irope (sweep .*) --task=1:", text, re.MULTILINE)[1]
+    assert "--array=0-2" in text
+    told = text[text.index("cells=(") :].replace("\nirope ", "\necho ").replace("scontrol", "echo")
+    environ = os.environ | {"SLURM_ARRAY_TASK_ID": "2"}
+    said = subprocess.run(["bash", "-c", told], env=environ, capture_output=True, text=True, check=True).stdout
+    command, _, cell = said.strip().rpartition(" --task=")
+    assert cell == "arm/seed=2"
     jobs = json.loads((place / "jobs/set.json").read_text())["spec"]["replicatedJobs"]
     assert [job["template"]["spec"]["completions"] for job in jobs] == [3, 3]
     assert jobs[1]["dependsOn"] == [{"name": "level-0", "status": "Complete"}]
-    for task in ("0:2", "1:2"):
+    pods = jobs[1]["template"]["spec"]["template"]["spec"]["containers"][0]["command"]
+    told = [*pods[:-1], pods[-1].replace("exec irope ", "exec echo ")]
+    environ = os.environ | {"JOB_COMPLETION_INDEX": "1"}
+    assert subprocess.run(told, env=environ, capture_output=True, text=True).stdout.endswith(" --task=arm/seed=1\n")
+    assert cli.main([*command.split(), "--task=arm/seed=2"]) == 2
+    assert "starts from runs/s/start/seed=2, which is not finished" in capfd.readouterr().err
+    for task in ("start/seed=2", "arm/seed=2"):
         assert cli.main([*command.split(), f"--task={task}"]) == 0
     assert order(place) == ["seed=2 of start", "seed=2 of arm"]
-    assert cli.main([*command.split(), "--task=1:3"]) == 2
+    assert cli.main([*command.split(), "--task=arm/seed=3"]) == 2
+    assert "did you mean 'arm/seed=2'" in capfd.readouterr().err
+
+
+def test_a_cell_that_stops_by_itself_ends_the_sweep_with_its_code(place, capfd):
+    """As on a notice that its host goes away: what starts from it must not begin, and a cluster queues it again."""
+    (place / "stop").touch()
+    assert cli.main(["sweep", "grid.py", "--only=arm/seed=0"]) == 128 + signal.SIGTERM
+    assert order(place) == ["seed=0 of start"] and "the same command goes on" in capfd.readouterr().err
+    (place / "stop").unlink()
+    assert cli.main(["sweep", "grid.py", "--only=arm/seed=0"]) == 0
+
+
+def test_nobody_else_works_on_a_cell(place, capfd):
+    logs = place / "runs/s/logs"
+    logs.mkdir(parents=True)
+    with open(logs / "start.seed=0.lock", "w") as file:
+        assert sweep._locked(file)
+        assert cli.main(["sweep", "grid.py", "--only=start/seed=0"]) == 1
+        assert "another sweep or task is at work on it" in capfd.readouterr().err and not (place / "order.txt").exists()
+    assert cli.main(["sweep", "grid.py", "--only=start/seed=0"]) == 0
+
+
+def test_what_an_earlier_attempt_said_is_not_why_this_one_failed(place, capfd):
+    (place / "break").write_text("start/seed=0")
+    assert cli.main(["sweep", "grid.py", "--only=start/seed=0"]) == 1
+    (place / "program.py").write_text("import sys; sys.exit(3)")
+    capfd.readouterr()
+    assert cli.main(["sweep", "grid.py", "--only=start/seed=0"]) == 1
+    assert "exit code 3: ;" in capfd.readouterr().err
+
+
+def test_a_start_that_was_trained_again_leaves_its_arms_behind(place, capfd):
+    assert cli.main(["sweep", "grid.py", "--only=arm/seed=0"]) == 0
+    assert states("arm") == ["done", "new"]
+    records = place / "runs/s/start/seed=0/records.jsonl"
+    lines = [json.loads(line) for line in records.read_text().splitlines()]
+    records.write_text("".join(json.dumps(line | {"time": line["time"] + 1000}) + "\n" for line in lines))
+    assert states("arm") == ["other", "new"]
+    assert cli.main(["sweep", "grid.py", "--only=arm/seed=0"]) == 1
+    assert "arm/seed=0: begun before runs/s/start/seed=0 was trained" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -210,9 +261,9 @@ def test_a_sweep_that_trains_and_its_report(tmp_path, monkeypatch, capfd):
     _comparisons()
     _evaluations_of_later(capfd)
     (tmp_path / "grid.py").write_text(GRID.replace('"train.steps": 4', '"train.steps": 5'))
-    assert states("arm") == ["new", "other"]
+    assert states("arm") == ["other", "other"]
     assert cli.main(["report", "."]) == 1
-    assert "arm/seed=1: made with other values than the grid has now" in capfd.readouterr().err
+    assert "arm/seed=0: made with other values than the grid has now" in capfd.readouterr().err
     assert cli.main(["sweep", "grid.py", "--only=arm/seed=1", "--list"]) == 0
     assert [line.split()[0] for line in capfd.readouterr().out.splitlines()] == ["done", "other"]
     assert cli.main(["sweep", "grid.py", "--only=arm/seed=1"]) == 1
@@ -229,21 +280,33 @@ def _evaluations_of_later(capfd):
     records = Path("runs/s/arm/seed=1/records.jsonl")
     trained = records.read_text()
     capfd.readouterr()
+    assert cli.main(["sweep", "grid.py", "--only=arm/seed=1", "--list"]) == 0
+    assert re.search(r"lacks arm/seed=1 +evaluations to add: again", capfd.readouterr().out)
     assert cli.main(["sweep", "grid.py", "--only=arm/seed=1", "--list=commands"]) == 0
-    assert capfd.readouterr().out.splitlines()[1].startswith("irope eval runs/s/arm/seed=1 ")
-    assert cli.main(["sweep", "grid.py", "--only=arm/seed=1"]) == 0
-    assert states("arm") == ["new", "done"]
+    assert capfd.readouterr().out.splitlines()[1].startswith("irope eval runs/s/arm/seed=1 --step=4 ")
+    assert cli.main(["report", "grid.py"]) == 0
+    assert "not measured yet and left out: arm/seed=1 again" in Path("report.md").read_text()
+    assert (
+        cli.main(["eval", "runs/s/arm/seed=1", "--step=2", f"--config.evals={tuple(evals)}"]) == 0
+    )  # of other weights
+    assert states("arm") == ["new", "lacks"]
+    trained = records.read_text()
+    assert cli.main(["sweep", "grid.py", "--only=arm"]) == 0  # one measures it now, one at its end
+    assert states("arm") == ["done", "done"]
+    assert cli.main(["report", "grid.py"]) == 0
+    page = Path("report.md").read_text()
+    assert "not measured yet" not in page and "(of the first of 2 seeds" in page
     lines = records.read_text().removeprefix(trained).splitlines()
     told = [json.loads(line) for line in lines]
     assert [line.get("name") for line in told if line["kind"] == "event"] == ["evaluation", "evaluation_ended"]
     assert {line["evaluation"] for line in told if line["kind"] == "eval"} == {"again"}
     cut = lines.index(next(line for line in lines if '"eval"' in line)) + 1
     records.write_text(trained + "\n".join(lines[:cut]) + "\n")  # killed while it measured
-    assert states("arm") == ["new", "lacks"]
+    assert states("arm") == ["done", "lacks"]
     assert cli.main(["sweep", "grid.py", "--only=arm/seed=1"]) == 0
-    assert states("arm") == ["new", "done"]
+    assert states("arm") == ["done", "done"]
     Path("grid.py").write_text(more.replace("'queries': 4", "'queries': 8"))
-    assert states("arm") == ["new", "other"]
+    assert states("arm") == ["other", "other"]
     assert cli.main(["sweep", "grid.py", "--only=arm/seed=1"]) == 1
     said = capfd.readouterr().err
     assert "another evaluation 'again' than the grid; give the new one a name of its own" in said

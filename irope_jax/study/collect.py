@@ -71,6 +71,9 @@ class Arm:
 
     @property
     def finished(self) -> bool:
+        """Whether it was trained to its end; of several seeds, all of them."""
+        if lookup(self.run.config, "stages"):
+            return all(_ended(run) for run in self.seeds or (self.run,))
         return self.planned_steps is not None and self.run.last_step >= self.planned_steps
 
     def multiple(self, length: int) -> float:
@@ -127,6 +130,11 @@ class Cell:
         """From the least to the greatest of the seeds; else the 95 % Wilson interval, reading `value` as a fraction of
         `count` independent trials."""
         return self.spread or wilson(self.value, self.count)
+
+
+def _ended(run: Run) -> bool:
+    told = [event.name for event in run.events if event.name in ("start", "finished")]
+    return told[-1:] == ["finished"]
 
 
 def load_arms(directories: Iterable[str | os.PathLike]) -> list[Arm]:
@@ -308,6 +316,8 @@ def missing(arms: Iterable[Arm]) -> list[str]:
             pass
         elif not arm.run.train:
             notes.append(f"{arm.label}: recorded no training step.")
+        elif arm.finished:
+            pass
         elif planned is None and lookup(arm.run.config, "stages"):
             notes.append(f"{arm.label}: not finished, stopped at step {step:,}.")
         elif planned is None:
@@ -331,8 +341,8 @@ def missing(arms: Iterable[Arm]) -> list[str]:
     if len(set(lengths.values())) > 1:
         listed = ", ".join(f"{label} {length:,}" for label, length in lengths.items())
         notes.append(f"The runs were trained at different lengths ({listed}); multiples are of each run's own.")
-    for evaluation, cells in (("retrieval", retrieval), ("loss", nll_by_length)):
-        measured = {arm.label: by_length(arms, arm, cells(arm)) for arm in arms if cells(arm)}
+    for evaluation, kind, cells in (("retrieval", "retrieval", retrieval), ("loss", "perplexity", nll_by_length)):
+        measured = {arm.label: by_length(arms, arm, cells(arm)) for arm in together(arms, kind) if cells(arm)}
         everything = set().union(*measured.values())
         unit = " × the training length" if in_multiples(arms) else " tokens"
         for label, own in measured.items():

@@ -292,12 +292,12 @@ def run_colour(arm: Arm) -> str:
 
 
 def run_line(arm: Arm) -> dict:
-    """A colour and a marker of its own; where colours are used up, once more with dashes and hollow markers."""
-    again = arm.index >= len(COLOURS)
+    """A colour and a marker of its own; where colours are used up, again with other markers, hollow, and dashes."""
+    again = arm.index // len(COLOURS)
     return {
         "color": run_colour(arm),
-        "marker": MARKERS[arm.index % len(MARKERS)],
-        "linestyle": (0, (3.2, 1.4)) if again else "-",
+        "marker": MARKERS[(arm.index + again) % len(MARKERS)],
+        "linestyle": ("-", (0, (3.2, 1.4)), (0, (1.2, 1.2)))[min(again, 2)],
         "linewidth": 1.6 if again else 2.0,
         "markersize": 5.5,
         "markerfacecolor": "white" if again else run_colour(arm),

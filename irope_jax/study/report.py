@@ -154,6 +154,15 @@ def _bands(arms: Sequence[Arm]) -> str:
     return f"line: mean over seeds, band: from the least to the greatest of them{whose}"
 
 
+def _brackets(arms: Sequence[Arm]) -> str:
+    wilson = "the 95 % Wilson interval of the queries asked"
+    if not any(arm.seeds for arm in arms):
+        return f"in brackets {wilson}, which says nothing about other seeds"
+    alone = [arm.label for arm in arms if not arm.seeds]
+    whose = f"; of {', '.join(alone)}, with one seed, {wilson}" if alone else ""
+    return f"a cell is the mean over seeds, in brackets the least and the greatest of them{whose}"
+
+
 def _missing(arms: Sequence[Arm], more: Sequence[str] = ()) -> str:
     notes = [*more, *missing(arms)]
     if not notes:
@@ -190,9 +199,7 @@ def _retrieval(arms: Sequence[Arm], out: Path) -> str:
     counts = [f"{label} {min(n):,}" + (f" to {max(n):,}" if max(n) > min(n) else "") for label, n in asked.items() if n]
     intro = (
         "Facts are placed over the whole context and asked for at its end. Columns are context lengths, in multiples "
-        f"of the training length; in brackets the interval ({_bands(arms)}). Queries per context length: "
-        + "; ".join(counts)
-        + "."
+        f"of the training length; {_brackets(arms)}. Queries per context length: " + "; ".join(counts) + "."
     )
     text = ["## Retrieval", intro]
     for table in found:
@@ -205,7 +212,7 @@ def _retrieval(arms: Sequence[Arm], out: Path) -> str:
         text += [_image(path, "retrieval accuracy by context length and depth")]
     text += _retrieval_pictures(arms, out, "retrieval")
     for name, own in further(arms, "retrieval"):
-        text += [f"### {name}", f"The evaluation that its config calls {name!r}; its facts and questions are its own."]
+        text += [f"### {name}", f"The evaluation called {name!r}; its facts and questions are its own."]
         for table in filter(None, _retrieval_tables(own, about=name)):
             text += [f"**{table.title}**", table.markdown()]
         file = "retrieval_" + re.sub(r"[^A-Za-z0-9]+", "_", name)

@@ -15,7 +15,7 @@ MAY_DIFFER = ("seed", "data.seed", "name", "train.init_from")
 """Fields in which the runs of an arm may differ: their seeds, and what follows from them."""
 
 
-def pooled_arm(index: int, label: str, runs: Sequence[Run], description: str = "") -> Arm:
+def pooled_arm(index: int, label: str, runs: Sequence[Run]) -> Arm:
     """One arm of several runs.
 
     Raises:
@@ -29,7 +29,7 @@ def pooled_arm(index: int, label: str, runs: Sequence[Run], description: str = "
                 f"{other.directory}: not of the same arm as {first.directory}: {'; '.join(changed[:3])}; run the cells "
                 "of one grid, or report the runs one by one"
             )
-    config = {**first.config, "name": label} | ({"description": description} if description else {})
+    config = {**first.config, "name": label}
     if len(runs) == 1:
         return Arm(index, label, replace(first, config=config))
     last = max(run.last_step for run in runs)
