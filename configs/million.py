@@ -4,7 +4,7 @@
     for arm in log_n_1 log_n_8 log_n_64 none_1 none_8 none_64; do
         irope eval --config=configs/million.py:$arm
     done
-    irope report runs/million/* --out=runs/million/report
+    irope report runs/million/{log_n,none}_* --out=runs/million/report
 
 Nothing is trained here: the weights are those of the quickstart's iRoPE model. `log_n` is the temperature it was made
 with, which at 128 tokens and less is exactly 1, so `none` takes nothing away that was learned. The number is that of

@@ -55,7 +55,7 @@ def irope(interval: int = 4, size: int = CHUNK, temperature=TEMPERATURE, positio
 
 NORMED = dict(layer(NOPE, temperature=log_n(4)), qk_norm="rms")
 """Queries and keys of the global layer at one length, so that no key is louder than others; and twice the temperature
-again, since what one key can win is bounded. Of the trained start nothing is new in it: the norm has no weights."""
+again, since what one key can win is bounded. The start's weights fit as they are, since this norm has none."""
 
 
 WINDOW = layer(mask=dict(kind="sliding", size=CHUNK))

@@ -185,8 +185,13 @@ def _runs(arms: Sequence[Arm]) -> str:
     return "\n\n".join(text)
 
 
+def _told_apart(arms: Sequence[Arm]) -> bool:
+    """Whether some fact lay across a border of chunks; else those inside are all."""
+    return any(retrieval(arm, "straddling") for arm in arms)
+
+
 def _retrieval_tables(arms: Sequence[Arm], intervals: bool = True, about: str = "") -> list[tables.Table | None]:
-    kinds = ("all", "inside", "straddling")
+    kinds = ("all", "inside", "straddling") if _told_apart(arms) else ("all",)
     return [tables.retrieval_table(arms, facts, intervals=intervals, about=about) for facts in kinds]
 
 
@@ -205,7 +210,7 @@ def _retrieval(arms: Sequence[Arm], out: Path) -> str:
     for table in found:
         text += [f"**{table.title}**", table.markdown()]
     if len(found) == 1:
-        text.append("Whether a fact straddled a chunk border was not recorded.")
+        text.append("No fact lay across a border of chunks.")
     path = plots.heat_maps(arms, out / "retrieval_heat_map.png")
     if path is not None:
         text += ["By context length and depth of the fact (0 % is the beginning of the context), all facts:"]
@@ -223,8 +228,10 @@ def _retrieval(arms: Sequence[Arm], out: Path) -> str:
 
 
 def _retrieval_pictures(arms: Sequence[Arm], out: Path, file: str, label: str = "") -> list[str]:
-    """Of facts inside a chunk and of those across its border."""
+    """Of facts inside a chunk and of those across its border, where there are such."""
     found = []
+    if not _told_apart(arms):
+        return found
     for facts, about in (("inside", "facts inside one chunk"), ("straddling", "facts across a chunk border")):
         path = plots.retrieval_by_length(arms, out / f"{file}_{facts}.png", facts)
         if path is not None:

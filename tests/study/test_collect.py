@@ -176,3 +176,14 @@ def test_what_is_missing_is_said(tmp_path):
     assert not [note for note in notes if note.startswith("whole: not")]
     notes = collect.missing(load_arms([whole, longer]))
     assert "longer: retrieval was not measured at 16, 64 × the training length, as it was for other runs." in notes
+
+
+def test_what_another_evaluation_was_asked_is_not_missing(tmp_path):
+    near = make_run(tmp_path, "near", lengths=(128,))
+    other = [{"kind": "retrieval", "name": "far"}]
+    with RunWriter(tmp_path / "far", {"name": "far", "data": {"seq_len": 128}, "evals": other}, "far") as writer:
+        writer.start(0)
+        writer.train(1, {"loss": 1.0})
+        writer.measure(1, "far", "accuracy", 0.5, 10, {"length": 8192, "straddle": False})
+    notes = collect.missing(load_arms([near, tmp_path / "far"]))
+    assert not any("retrieval was not measured at" in note for note in notes)

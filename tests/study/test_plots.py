@@ -11,7 +11,7 @@ import pytest
 
 from irope_jax.core.records import RunWriter
 from irope_jax.study import plots
-from irope_jax.study.collect import load_arms
+from irope_jax.study.collect import Arm, load_arms
 from tests.study.fake_runs import make_run
 
 pytest.importorskip("matplotlib")
@@ -157,3 +157,9 @@ def test_without_matplotlib_the_error_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setattr(builtins, "__import__", refuse)
     with pytest.raises(plots.PlotsMissingError, match=r"irope-jax\[plots\]"):
         plots.headline(arms, tmp_path / "x.png")
+
+
+def test_many_runs_are_told_apart(tmp_path):
+    lines = [plots.run_line(Arm(index, str(index), None)) for index in range(3 * len(plots.COLOURS))]
+    assert len({(line["color"], line["marker"], line["linestyle"]) for line in lines}) == len(lines)
+    assert len({(line["marker"], line["linestyle"]) for line in lines}) == len(lines)  # in black and white

@@ -45,10 +45,13 @@ def test_a_further_evaluation_has_tables_and_pictures_of_its_own(tmp_path):
     for seed, accuracy in enumerate((0.25, 0.75)):
         with RunWriter(runs[seed].directory, runs[seed].config, f"mark {seed}") as writer:
             writer.measure(3, "64 facts", "accuracy", accuracy, 10, {"length": 1024, "straddle": False})
+            writer.measure(3, "64 facts", "accuracy", 0.0, 1, {"length": 1024, "straddle": True})
     arm = pooled_arm(0, "arm", [load_run(one.directory) for one in runs])
     text = write_page([arm], tmp_path / "out", title="Q?", command="irope report x").read_text()
     assert "**64 facts: retrieval accuracy, facts inside one chunk**" in text and "0.500 (0.25–0.75)" in text
     assert (tmp_path / "out" / "retrieval_64_facts_inside.png").is_file()
+    assert "**Retrieval accuracy, facts inside" not in text and "No fact lay across a border of chunks." in text
+    assert not (tmp_path / "out" / "retrieval_inside.png").is_file()
     assert [c.value for c in retrieval(arm)] == [1.0, 0.5]
 
 

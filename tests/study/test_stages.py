@@ -1,7 +1,7 @@
 """Stages read out of records written as the loop writes them."""
 
 from irope_jax.core.records import RunWriter, load_run
-from irope_jax.study.collect import load_arms
+from irope_jax.study.collect import load_arms, missing
 from irope_jax.study.seeds import pooled_arm
 from irope_jax.study.stages import stages_of, stages_table
 
@@ -44,3 +44,13 @@ def test_of_several_seeds_it_is_the_means(tmp_path):
     table = stages_table(pooled_arm(0, "arm", [staged(tmp_path / str(seed), seed) for seed in (0, 1)]))
     assert table.rows[0] == ("short", "256", "3", "gate", "2.000", "2.500 (12.18)", "3.000 (20.09)", "0.250")
     assert table.rows[1][:5] == ("long", "1,024", "1", "limit", "1.000")
+
+
+def test_gates_end_seeds_at_different_steps_between_records_and_they_are_finished_all_the_same(tmp_path):
+    runs = [staged(tmp_path / str(seed), seed) for seed in (0, 1)]
+    assert any("not finished" in note for note in missing([pooled_arm(0, "arm", runs)]))
+    for run, step in zip(runs, (6, 9)):
+        with RunWriter(run.directory, run.config, run.fingerprint, tensorboard=False) as writer:
+            writer.event(step, "finished", planned=9)
+    arm = pooled_arm(0, "arm", [load_run(run.directory) for run in runs])
+    assert arm.finished and not any("not finished" in note for note in missing([arm]))
