@@ -310,6 +310,19 @@ def _evaluations_of_later(capfd):
     assert cli.main(["sweep", "grid.py", "--only=arm/seed=1"]) == 1
     said = capfd.readouterr().err
     assert "another evaluation 'again' than the grid; give the new one a name of its own" in said
+    _other_evaluations_before_the_end()
+
+
+def _other_evaluations_before_the_end():
+    """Training that was cut goes on when its cell's evaluations alone were changed."""
+    Path("grid.py").write_text(GRID)
+    records = Path("runs/s/arm/seed=0/records.jsonl")
+    records.write_text("".join(line for line in records.read_text().splitlines(True) if '"finished"' not in line))
+    assert states("arm")[0] == "cut"
+    assert cli.main(["sweep", "grid.py", "--only=arm/seed=0"]) == 0
+    assert states("arm")[0] == "done"
+    events = [event.name for event in load_run("runs/s/arm/seed=0").events]
+    assert events.count("start") == 2 and "config_changed" in events
 
 
 def states(arm: str) -> list[str]:
