@@ -142,19 +142,19 @@ def standing_of(work: Work) -> Standing:
         run = load_run(work.directory)
     except RecordError as error:
         return Standing("cut", note=str(error))
+    if note := _before_its_start(run, work):
+        return Standing("other", note)
     asked, made = _asked_of(run, work), _made_with(run)
     last = _last_of(run, (*ENDED, "start", "config_changed"))
     ended = last is not None and last.name in ENDED
     if run.fingerprint == fingerprint(asked) or made == asked:
-        if ended and (note := _before_its_start(run, work)):
-            return Standing("other", note)
         return Standing("done" if ended else "cut")
     if work.cell.verb == "train" and made is not None and _all_but_evals(made) == _all_but_evals(asked):
-        if not ended:
-            return Standing("cut", evals_changed=True)
-        if note := _before_its_start(run, work):
-            return Standing("other", note)
-        return _evaluations(work, run, last.step, made.evals, asked.evals)
+        return (
+            _evaluations(work, run, last.step, made.evals, asked.evals)
+            if ended
+            else Standing("cut", evals_changed=True)
+        )
     lines = differences(run.config, to_dict(asked))
     more = f" and {len(lines) - 3} more" * (len(lines) > 3)
     what = f"made with other values than the grid has now ({'; '.join(lines[:3])}{more})"

@@ -216,6 +216,9 @@ def test_a_start_that_was_trained_again_leaves_its_arms_behind(place, capfd):
     lines = [json.loads(line) for line in records.read_text().splitlines()]
     records.write_text("".join(json.dumps(line | {"time": line["time"] + 1000}) + "\n" for line in lines))
     assert states("arm") == ["other", "new"]
+    arm = place / "runs/s/arm/seed=0/records.jsonl"
+    arm.write_text("".join(line for line in arm.read_text().splitlines(True) if '"finished"' not in line))
+    assert states("arm") == ["other", "new"]  # cut: it would go on from weights of the earlier start
     assert cli.main(["sweep", "grid.py", "--only=arm/seed=0"]) == 1
     assert "arm/seed=0: begun before runs/s/start/seed=0 was trained" in capfd.readouterr().err
 
