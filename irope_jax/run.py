@@ -32,11 +32,11 @@ from irope_jax.core.records import (
     load_run,
 )
 from irope_jax.evals.registry import EvalSpec, build_evaluators
+from irope_jax.evaluated import evaluated
 from irope_jax.experiment import Experiment, check_devices, load_config, resolve, run_config
 from irope_jax.export import export_verb
 from irope_jax.generate import generate_verb
 from irope_jax.join import join
-from irope_jax.measured import measured
 from irope_jax.model.config import draw_layers
 from irope_jax.plan.parts import seconds_by_part
 from irope_jax.planning import plan_verb
@@ -273,7 +273,7 @@ def _recorded(run: Run, trained: Sequence[EvalSpec], chosen: Sequence[EvalSpec])
 
     Those of its config as they are; and others under names that neither the config nor another evaluation has taken.
     """
-    taken = measured(run, trained).taken
+    taken = evaluated(run, trained).taken
     return {spec.name: spec for spec in chosen if taken.get(spec.name, fingerprint(spec)) == fingerprint(spec)}
 
 

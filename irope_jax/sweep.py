@@ -108,11 +108,9 @@ def _check_start(work: Work) -> None:
     Raises:
       ConfigError: it is not done.
     """
-    start = Path(work.experiment.train.init_from) if work.cell.starts_from else None
-    if start is not None and not is_finished(start):
-        raise ConfigError(
-            "--task", work.cell.name, f"it starts from {start}, which is not finished; run that cell first"
-        )
+    if work.start is not None and not is_finished(work.start):
+        fix = f"it starts from {work.start}, which is not finished; run that cell first"
+        raise ConfigError("--task", work.cell.name, fix)
 
 
 def _line(work: Work, as_command: bool) -> str:

@@ -13,8 +13,8 @@ from typing import IO, Any, Literal
 from irope_jax.core.config import ConfigError, differences, fingerprint, from_dict, to_dict
 from irope_jax.core.records import Event, RecordError, Run, is_run, load_run
 from irope_jax.evals.registry import EvalSpec
+from irope_jax.evaluated import evaluated
 from irope_jax.experiment import Experiment, load_config, resolve, run_file
-from irope_jax.measured import measured
 from irope_jax.stages import stage_experiments
 from irope_jax.study.grid import Cell, Study
 
@@ -52,6 +52,11 @@ class Work:
     seconds: float = 0.0
     first_step: int = 0
     seen: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def start(self) -> Path | None:
+        """The run directory of the cell that this one starts from."""
+        return Path(self.experiment.train.init_from) if self.cell.starts_from else None
 
     @property
     def steps(self) -> int:
@@ -145,16 +150,13 @@ def standing_of(work: Work) -> Standing:
     if note := _before_its_start(run, work):
         return Standing("other", note)
     asked, made = _asked_of(run, work), _made_with(run)
-    last = _last_of(run, (*ENDED, "start", "config_changed"))
-    ended = last is not None and last.name in ENDED
+    end = _end_of(run)
     if run.fingerprint == fingerprint(asked) or made == asked:
-        return Standing("done" if ended else "cut")
+        return Standing("done" if end else "cut")
     if work.cell.verb == "train" and made is not None and _all_but_evals(made) == _all_but_evals(asked):
-        return (
-            _evaluations(work, run, last.step, made.evals, asked.evals)
-            if ended
-            else Standing("cut", evals_changed=True)
-        )
+        if end is None:
+            return Standing("cut", evals_changed=True)
+        return _evaluations(work, run, end.step, made.evals, asked.evals)
     lines = differences(run.config, to_dict(asked))
     more = f" and {len(lines) - 3} more" * (len(lines) > 3)
     what = f"made with other values than the grid has now ({'; '.join(lines[:3])}{more})"
@@ -164,14 +166,16 @@ def standing_of(work: Work) -> Standing:
 def is_finished(directory: Path) -> bool:
     """Whether a run directory says of itself that it ended, whatever it was asked."""
     try:
-        last = _last_of(load_run(directory), (*ENDED, "start", "config_changed")) if is_run(directory) else None
+        return is_run(directory) and _end_of(load_run(directory)) is not None
     except RecordError:
         return False
-    return last is not None and last.name in ENDED
 
 
-def _last_of(run: Run, names: Sequence[str]) -> Event | None:
-    return next((event for event in reversed(run.events) if event.name in names), None)
+def _end_of(run: Run) -> Event | None:
+    """Where a run says that it ended; None if it has not, or goes on."""
+    told = (*ENDED, "start", "config_changed")
+    last = next((event for event in reversed(run.events) if event.name in told), None)
+    return last if last is not None and last.name in ENDED else None
 
 
 def _asked_of(run: Run, work: Work) -> Experiment:
@@ -196,11 +200,11 @@ def _all_but_evals(experiment: Experiment) -> dict[str, Any]:
 
 def _before_its_start(run: Run, work: Work) -> str:
     """Empty, or that what a run starts from was trained after it: its weights are of an earlier one."""
-    start = Path(work.experiment.train.init_from) if work.cell.starts_from else None
+    start = work.start
     if start is None or not run.events or not is_run(start):
         return ""
     try:
-        ended = _last_of(load_run(start), ENDED)
+        ended = _end_of(load_run(start))
     except RecordError:
         return ""  # the cell it is will say what is wrong
     if ended is None or ended.time <= min(event.time for event in run.events) + CLOCKS:
@@ -210,7 +214,7 @@ def _before_its_start(run: Run, work: Work) -> str:
 
 def _evaluations(work: Work, run: Run, step: int, made: Sequence[EvalSpec], asked: Sequence[EvalSpec]) -> Standing:
     """Of a finished run whose evaluations alone are not those of its cell: what is missing."""
-    has = measured(run, made)
+    has = evaluated(run, made)
     for spec in asked:
         if has.taken.get(spec.name, fingerprint(spec)) != fingerprint(spec):
             fix = "give the new one a name of its own in the grid, and it is measured beside it"

@@ -28,7 +28,7 @@ LAYERS = {
 }
 COMMANDS = (
     "experiment", "stages", "transfer", "export", "verify", "launch", "prepare", "search", "show", "join", "generate",
-    "harness", "generate_flags", "plan_flags", "planning", "reporting", "measured", "sweep", "sweep_cells",
+    "harness", "generate_flags", "plan_flags", "planning", "reporting", "evaluated", "sweep", "sweep_cells",
     "sweep_cluster", "sweep_flags", "run", "transfer_flags", "search_flags",
     "cli", "__main__",
 )  # fmt: skip

@@ -103,8 +103,7 @@ def arm(*pattern: dict, tag: str = "rivals", far: tuple = (), **overrides) -> di
 LAST = layer(NOPE, temperature=TEMPERATURE)
 SHIFTED = local(shift=CHUNK // 2)
 RANDOMISED = dict(kind="randomised", limit=4 * LENGTH)
-"""From 64 times the length the model did not learn to look up: 0.14 to 0.30 of the facts after 300 steps, 0.3 to 0.4
-from 500 to 1,500 (one seed)."""
+"""From 64 times the length it did not learn to look up (experiments/LOG.md)."""
 ARMS = {
     "iRoPE": arm(*irope(), tag="headline", far=FAR),
     "iRoPE, no temperature": arm(*irope(temperature=None), tag="headline"),
@@ -224,11 +223,11 @@ VERDICT = (
     "breaks much harder than was predicted, in retrieval as in loss (3.2 nats against 1.7).\n\n"
     "With 64 facts inside a chunk, 256 questions a seed, iRoPE is at 0.995, 0.980 and 0.973 at 64, 1,024 and "
     "8,192 times, as predicted; windows with all of them at 0.997, 0.988 and 0.982. What they miss they miss "
-    "however sharp the softmax is; of 13 wrong answers that were looked at (iRoPE, a fourth seed) 6 were the "
-    "same value, as if some keys were louder than others. Normed queries and keys of the global layer, with "
-    "four times log-n, end that: windows find 1.000 at every length with all of the facts, 768 questions at a "
-    "million tokens, iRoPE 0.999, 0.999 and 0.997 inside a chunk (on the page of shapes). How much of it is the "
-    "norm and how much the temperature was not taken apart on these pages.\n\n"
+    "however sharp the softmax is, and wrong answers name the same value again and again, as if some keys were "
+    "louder than others (experiments/LOG.md). Normed queries and keys of the global layer, with four times "
+    "log-n, end that: windows find 1.000 at every length with all of the facts, 768 questions at a million "
+    "tokens, iRoPE 0.999, 0.999 and 0.997 inside a chunk (on the page of shapes). How much of it is the norm "
+    "and how much the temperature was not taken apart on these pages.\n\n"
     "The text pays for sharpness: at 64 times 0.05 nats for twice log-n, 0.11 for four times and the norm. "
     "Every headline arm is at 0.98 or above at its own length, all facts counted; iRoPE normed is at 0.969 "
     "(0.998 inside a chunk).\n\n"
@@ -241,8 +240,8 @@ VERDICT = (
     "--config.model.pattern.1.mask.shift=4096).\n\n"
     "Rivals: the temperature is no substitute for local masks: with it interleaved 0.139, all NoPE 0.198, "
     "p-RoPE 0.165 (0.061 without), ALiBi 0.169; that ALiBi and p-RoPE keep half was wrong. Positions drawn from "
-    "64 times the length were not learned at all here; from 4 times they hold 0.980 there and 0.049 at 64 "
-    "times. SSMax equals the temperature (0.989). Shapes: log-n once 0.990, chunks of 16 0.982, of 64 0.993, "
+    "64 times the length were not learned (experiments/LOG.md); from 4 times they hold 0.980 there and 0.049 at "
+    "64 times. SSMax equals the temperature (0.989). Shapes: log-n once 0.990, chunks of 16 0.982, of 64 0.993, "
     "interval 2 0.963; a global first layer was not learned in 300 steps (0.11 at its own length), since "
     "nothing has bound keys to values before it. The rough trial, one seed, saw 0.77 interleaved, 0.61 for "
     "p-RoPE (0.91 with log-n) and 0.31 for all RoPE at 64 times: three seeds refute all of these, and confirm "

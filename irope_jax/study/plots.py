@@ -91,7 +91,7 @@ def loss_curves(arms: Sequence[Arm], path: Path) -> Path | None:
         smoothed_all += [v for v in smoothed if math.isfinite(v)]
         colour = run_colour(arm)
         axis.plot(steps, losses, color=colour, linewidth=0.7, alpha=0.3)
-        style = {"linestyle": run_line(arm)["linestyle"], "linewidth": run_line(arm)["linewidth"]}
+        style = {name: run_line(arm)[name] for name in ("linestyle", "linewidth")}
         axis.plot(steps, smoothed, color=colour, label=arm.label, **style)
         if not arm.finished:
             axis.plot(steps[-1], smoothed[-1], "x", color=colour, markersize=8, markeredgewidth=2)

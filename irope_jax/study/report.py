@@ -145,22 +145,22 @@ def _opening(arms: Sequence[Arm], out: Path, title: str, foreword: str) -> str:
     return "\n\n".join([*text, _image(path, "headline figure"), caption[0].upper() + caption[1:] + "."])
 
 
-def _bands(arms: Sequence[Arm]) -> str:
-    wilson = "95 % Wilson interval of the queries asked"
+def _of_seeds(arms: Sequence[Arm], several: str, one: str) -> str:
+    """What a number and its spread are: `several` of arms of several seeds, `one` of those of one."""
     if not any(arm.seeds for arm in arms):
-        return f"band: {wilson}; it says nothing about other seeds"
+        return f"{one}; it says nothing about other seeds"
     alone = [arm.label for arm in arms if not arm.seeds]
-    whose = f"; of {', '.join(alone)}, with one seed: {wilson}" if alone else ""
-    return f"line: mean over seeds, band: from the least to the greatest of them{whose}"
+    return several + (f"; of {', '.join(alone)}, with one seed, {one}" if alone else "")
+
+
+def _bands(arms: Sequence[Arm]) -> str:
+    pooled = "line: mean over seeds, band: from the least to the greatest of them"
+    return _of_seeds(arms, pooled, "band: 95 % Wilson interval of the queries asked")
 
 
 def _brackets(arms: Sequence[Arm]) -> str:
-    wilson = "the 95 % Wilson interval of the queries asked"
-    if not any(arm.seeds for arm in arms):
-        return f"in brackets {wilson}, which says nothing about other seeds"
-    alone = [arm.label for arm in arms if not arm.seeds]
-    whose = f"; of {', '.join(alone)}, with one seed, {wilson}" if alone else ""
-    return f"a cell is the mean over seeds, in brackets the least and the greatest of them{whose}"
+    pooled = "a cell is the mean over seeds, in brackets the least and the greatest of them"
+    return _of_seeds(arms, pooled, "in brackets the 95 % Wilson interval of the queries asked")
 
 
 def _missing(arms: Sequence[Arm], more: Sequence[str] = ()) -> str:
@@ -210,7 +210,9 @@ def _retrieval(arms: Sequence[Arm], out: Path) -> str:
     for table in found:
         text += [f"**{table.title}**", table.markdown()]
     if len(found) == 1:
-        text.append("No fact lay across a border of chunks.")
+        recorded = any(retrieval(arm, "inside") for arm in arms)
+        unknown = "Whether a fact straddled a chunk border was not recorded."
+        text.append("No fact lay across a border of chunks." if recorded else unknown)
     path = plots.heat_maps(arms, out / "retrieval_heat_map.png")
     if path is not None:
         text += ["By context length and depth of the fact (0 % is the beginning of the context), all facts:"]

@@ -103,3 +103,12 @@ def test_steps_until_retrieval_are_those_after_which_it_stayed(tmp_path):
     assert [name for name, _ in further([arm, ordinary], "retrieval")] == ["on the way"]
     ends_only = replace(alone.run, evals=[m for m in alone.run.evals if m.evaluation == "retrieval" and m.step == 4])
     assert steps_table([replace(alone, run=ends_only)]) is None
+
+
+def test_what_was_not_recorded_is_not_said_to_be_absent(tmp_path):
+    with RunWriter(tmp_path / "old", {"name": "old", "data": {"seq_len": 128}}, "old") as writer:
+        writer.start(0)
+        writer.train(1, {"loss": 1.0})
+        writer.measure(1, "retrieval", "accuracy", 0.5, 10, {"length": 128})
+    text = write_page([pooled_arm(0, "old", [load_run(tmp_path / "old")])], tmp_path / "out", title="", command="")
+    assert "Whether a fact straddled a chunk border was not recorded." in text.read_text()

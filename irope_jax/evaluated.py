@@ -11,7 +11,7 @@ from irope_jax.evals.registry import EvalSpec
 
 
 @dataclass(frozen=True)
-class Measured:
+class Evaluated:
     """Evaluations of a run, by name.
 
     Attributes:
@@ -23,7 +23,7 @@ class Measured:
     complete: frozenset[str]
 
 
-def measured(run: Run, made: Sequence[EvalSpec]) -> Measured:
+def evaluated(run: Run, made: Sequence[EvalSpec]) -> Evaluated:
     """What a run has, whose config has the evaluations `made`; training that has ended has measured all of those."""
     taken, recorded = {spec.name: fingerprint(spec) for spec in made}, {m.evaluation for m in run.evals}
     added, end = set(), None
@@ -36,4 +36,4 @@ def measured(run: Run, made: Sequence[EvalSpec]) -> Measured:
             taken.setdefault(event.details["evaluation"], event.details["spec"])
         elif event.name == ADDED_ENDED and event.step == end:
             added.add(event.details["evaluation"])
-    return Measured(taken, frozenset({spec.name for spec in made} | added))
+    return Evaluated(taken, frozenset({spec.name for spec in made} | added))
